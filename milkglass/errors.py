@@ -1,0 +1,64 @@
+"""Everything milkglass raises on purpose.
+
+    MilkglassError                 one clear line: what, where, what was expected; exit code 2
+    ├── RecipeError                the recipe, or an override of it
+    ├── DataError                  records, labels, or the file that holds them
+    ├── CutError                   a network that cannot be cut there
+    ├── MessageError               a frame that is truncated, forged, or not what was agreed
+    ├── EgressError                a client was about to send what nobody agreed to
+    ├── RunError                   a run folder that exists, is half-written, or is another recipe's
+    ├── AuditError                 a view or an attack that cannot be audited
+    └── MissingExtraError          a part of milkglass that is not installed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MilkglassError(Exception):
+    """The root: catch this one to catch everything that milkglass raises on purpose."""
+
+
+class RecipeError(MilkglassError):
+    """A recipe, or an override of it, is wrong."""
+
+
+class DataError(MilkglassError):
+    """A data set is missing, damaged, or not what the recipe says."""
+
+
+class CutError(MilkglassError):
+    """A network cannot be cut where it was asked to be."""
+
+
+class MessageError(MilkglassError):
+    """A frame is truncated, forged, or carries what was not agreed."""
+
+
+class EgressError(MilkglassError):
+    """A client refused to send a message."""
+
+
+class RunError(MilkglassError):
+    """A run folder cannot be used as asked."""
+
+
+class AuditError(MilkglassError):
+    """An audit cannot be made from what was given."""
+
+
+class MissingExtraError(MilkglassError):
+    """An optional part of milkglass is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional part of milkglass: pip install 'milkglass[{extra}]'")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that lists the `known` names, the nearest one to `name` first in its own words."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"
