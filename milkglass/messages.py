@@ -20,6 +20,8 @@ predictions  server -> client  the logits of those records
 """
 KINDS: tuple[str, ...] = get_args(Kind)
 
+Direction = Literal["to server", "to client"]
+
 
 @dataclass(frozen=True)
 class Message:

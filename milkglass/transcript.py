@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from milkglass.errors import AuditError
-from milkglass.messages import Message
+from milkglass.messages import Direction, Message
 
 Exposure = Literal["fresh", "repeated", "trained-on"]
-Direction = Literal["to server", "to client"]
+
 
 
 @dataclass(frozen=True)

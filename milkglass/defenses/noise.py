@@ -1,0 +1,34 @@
+"""Fixed Gaussian noise on what leaves the client (the Gaussian mechanism, Dwork and Roth 2014, without its calibration).
+
+By itself it promises nothing: the activations' norm is not bounded here, so training may grow it until the noise is
+small beside it. The server never sees the numbers drawn: they come from the client's private key.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from milkglass.defenses.base import Defense, NoiseStream
+
+
+@final
+class Noise(Defense):
+    """Adds normal noise of standard deviation `sigma` (in the activations' unit) to every coordinate sent."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def __repr__(self) -> str:
+        return f"Noise(sigma={self.sigma})"
+
+    def describe(self) -> str:
+        return f"Gaussian noise, sigma {self.sigma:g}"
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def release(self, z: Tensor, noise: NoiseStream) -> Tensor:
+        return z + self.sigma * noise.gaussian_like(z)

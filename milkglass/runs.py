@@ -1,0 +1,180 @@
+"""The run folder: recipe, metrics, each party's weights, checkpoints. Files are written beside and renamed.
+
+    recipe.toml            resolved, with the versions of the packages that made the run
+    metrics.jsonl          a line per epoch
+    checkpoint/0007/       the newest complete epoch: a file per party, and progress.json; resume starts here
+    bottom.safetensors     the client's half          top.safetensors   the server's
+    summary.json           written last: a folder that has it is a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from milkglass.errors import RunError
+from milkglass.recipe import Recipe, first_difference, load_recipe
+
+_VERSIONED = ("milkglass", "torch", "numpy", "scipy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The newest complete epoch: each party's tensors by its name, and the run's progress so far."""
+
+    epoch: int
+    parties: Mapping[str, Mapping[str, Tensor]]
+    progress: Mapping[str, Any]
+
+
+@final
+class RunFolder:
+    """One run on disk. Make one with `create`, `resume` or `open_finished`."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """A new folder at `path`. Raises RunError if something is there already: nothing is overwritten."""
+        if path.exists():
+            if not path.is_dir():
+                raise RunError(f"run folder {path}: a file of that name exists; choose another --out")
+            if (path / "summary.json").exists():
+                raise RunError(f"run folder {path}: holds a finished run; choose another --out, or remove it")
+            if (path / "recipe.toml").exists():
+                raise RunError(f"run folder {path}: holds a run that was stopped; go on with --resume, or remove it")
+            if any(path.iterdir()):
+                raise RunError(f"run folder {path}: exists and holds other files; choose another --out")
+        folder = cls(path, recipe)
+        versions = {name: _version(name) for name in _VERSIONED}
+        folder.write("recipe.toml", recipe.model_copy(update={"versions": versions}).to_toml().encode())
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """The folder of a run that was stopped, or a new one where there is none.
+
+        Raises RunError if the folder is not a run, or a run of another recipe; it says which key differs.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return cls.create(path, recipe)
+        found = _read_recipe(path)
+        difference = first_difference(recipe, found)
+        if difference is not None:
+            raise RunError(f"run folder {path}: belongs to another recipe: {difference}")
+        return cls(path, recipe)
+
+    @classmethod
+    def open_finished(cls, path: Path) -> RunFolder:
+        """The folder of a finished run. Raises RunError if there is none, or if it is half-written."""
+        folder = cls(path, _read_recipe(path))
+        missing = [name for name in FINISHED if not (path / name).is_file()]
+        if missing:
+            raise RunError(
+                f"run folder {path}: half-written, {missing[0]} is missing; finish it with milkglass train --resume"
+            )
+        return folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        target = self.path / name
+        beside = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        self.write(name, save_tensors({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}))
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl anew, a line per epoch."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object of this run. Raises RunError if it is missing or damaged."""
+        try:
+            content = json.loads((self.path / name).read_bytes())
+        except OSError as error:
+            raise RunError(f"{self.path / name}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / name}: damaged, not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise RunError(f"{self.path / name}: damaged, expected a JSON object")
+        return content
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """A safetensors file of this run. Raises RunError if it is missing or damaged."""
+        try:
+            return load_tensors((self.path / name).read_bytes())
+        except OSError as error:
+            raise RunError(f"{self.path / name}: {error.strerror or error}") from None
+        except SafetensorError as error:
+            raise RunError(f"{self.path / name}: damaged, not a safetensors file: {error}") from None
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Keep an epoch, then forget the one before."""
+        name = f"checkpoint/{checkpoint.epoch:04d}"
+        for party, tensors in checkpoint.parties.items():
+            self.write_tensors(f"{name}/{party}.safetensors", tensors)
+        self.write_json(f"{name}/progress.json", checkpoint.progress)  # last: its presence makes the epoch complete
+        for older in (self.path / "checkpoint").iterdir():
+            if older.name != f"{checkpoint.epoch:04d}":
+                shutil.rmtree(older)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest complete epoch, or None if no epoch was finished."""
+        complete = sorted((self.path / "checkpoint").glob("*/progress.json"))
+        if not complete:
+            return None
+        name = complete[-1].parent.relative_to(self.path)
+        files = sorted((self.path / name).glob("*.safetensors"))
+        parties = {file.name.removesuffix(".safetensors"): self.read_tensors(f"{name}/{file.name}") for file in files}
+        return Checkpoint(int(name.name), parties, self.read_json(f"{name}/progress.json"))
+
+
+FINISHED = ("bottom.safetensors", "top.safetensors", "metrics.jsonl", "summary.json")
+
+
+def _read_recipe(path: Path) -> Recipe:
+    if not path.is_dir():
+        raise RunError(f"run folder {path}: no such folder")
+    if not (path / "recipe.toml").is_file():
+        raise RunError(f"run folder {path}: not a run, or half-written: recipe.toml is missing")
+    return load_recipe(path / "recipe.toml")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
