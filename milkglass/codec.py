@@ -133,7 +133,8 @@ def _tensors(frame: bytearray, offset: int, count: int) -> Iterator[tuple[str, T
     for name, dtype, shape in heads:
         elements = math.prod(shape)
         size = elements * dtype.itemsize
-        if max(shape, default=0) > _MOST_ELEMENTS or offset + (-offset % _ALIGNMENT) + size > len(frame):
+        claimed = math.prod(max(length, 1) for length in shape)  # an empty tensor may claim nothing huge either
+        if claimed > _MOST_ELEMENTS or offset + (-offset % _ALIGNMENT) + size > len(frame):
             raise MessageError(f"frame is malformed: tensor {name!r} of shape {shape} is longer than the frame")
         offset += -offset % _ALIGNMENT
         if elements:

@@ -33,7 +33,7 @@ def mlp(record_shape: Sequence[int], classes: int, hidden: Sequence[int] = (128,
     `hidden` holds the width of each hidden layer (linear, then ReLU). Cut after `flatten`, the raw record crosses: the
     open door on which an attack is checked.
     """
-    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+    if not isinstance(hidden, Sequence):
         raise RecipeError(f"network 'mlp': hidden must be a list of layer widths, got {hidden!r}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     width = math.prod(record_shape)
@@ -215,7 +215,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _conv(before: int, after: int, stride: int = 1) -> nn.Conv2d:
-    """3 x 3, same size at stride 1. No bias: the norm behind it would take it away again."""
+    """3 x 3, same size at stride 1. No bias: the norm behind it has its own."""
     return nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
 
 

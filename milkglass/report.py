@@ -1,7 +1,7 @@
 """Run folders -> one self-contained HTML page, a strip of pictures for a README, and the command line's small table.
 
 Files are read through pydantic models, so a damaged one is one clear line. The geometry of charts and pictures is
-computed here; the page's words are in `report.html.jinja`, with autoescape on. The page holds no script, fetches nothing.
+computed here; the page's words are in `report.html.jinja`, autoescape on. The page has no script and fetches nothing.
 
 Legend: P records shown, C channels, H height, W width, F values of a flat record.
 """
@@ -34,9 +34,7 @@ from milkglass.errors import RunError
 Array = NDArray[np.float32]
 
 SHOWN: Final = 10  # records in a strip: what fits a phone's width
-VALUES_SHOWN: Final = 8  # columns of a flat record
 PICTURE_BYTES: Final = 1_500_000  # all pictures together, before base64, so that the page stays under 3 MB
-BROKEN_ATTACK: Final = -0.02  # design: an interval wholly below this is a broken attack
 MOST_DOTS: Final = 30  # a line of more epochs is drawn without dots
 
 
@@ -54,14 +52,12 @@ class DistanceCorrelation(_File):
 
 
 class Epoch(_File):
-    """A line of `metrics.jsonl`. Accuracies are 0..1."""
+    """A line of `metrics.jsonl`, as far as it is drawn. Accuracy is 0..1."""
 
     epoch: int
     loss: float
-    train_accuracy: float
     accuracy: float
-    distance_correlation: DistanceCorrelation | None = None
-    seconds: float
+    distance_correlation: DistanceCorrelation
 
 
 class Wire(_File):
@@ -162,24 +158,18 @@ def read_results(folder: Path) -> list[RunResults]:
         return [_read_run(folder)]
     runs = [_read_run(path.parent) for path in folder.glob("*/summary.json")]
     if not runs:
-        raise RunError(
-            f"{folder}: no finished run here; expected summary.json in it, or in a folder directly inside it"
-        )
+        raise RunError(f"{folder}: no finished run; expected summary.json in it or in a folder directly inside it")
     return sorted(runs, key=lambda run: (run.summary.defense != "none", run.name))
 
 
 def _read_run(folder: Path) -> RunResults:
-    lines = _read_text(folder / "metrics.jsonl").splitlines()
-    audit = folder / "audit.json"
+    metrics, audit = folder / "metrics.jsonl", folder / "audit.json"
+    lines = enumerate(_read_text(metrics).splitlines(), start=1)
     return RunResults(
         name=folder.resolve().name,
         recipe=_read_text(folder / "recipe.toml"),
         summary=_parse(Summary, _read_text(folder / "summary.json"), str(folder / "summary.json")),
-        epochs=tuple(
-            _parse(Epoch, line, f"{folder / 'metrics.jsonl'}, line {number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ),
+        epochs=tuple(_parse(Epoch, line, f"{metrics}, line {n}") for n, line in lines if line.strip()),
         audit=_parse(AuditFigures, _read_text(audit), str(audit)) if audit.exists() else None,
         pictures=_read_pictures(folder / "pictures.safetensors"),
     )
@@ -214,18 +204,10 @@ def _read_pictures(path: Path) -> dict[str, Array]:
     return {name: tensor[:SHOWN].astype(np.float32) for name, tensor in tensors.items()}
 
 
-# Charts and strips: geometry only
-
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360.0, 44.0, 350.0, 12.0, 182.0  # a chart's box, in SVG units of about a CSS pixel
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360.0, 40.0, 350.0, 28.0, 192.0  # a chart's box, in SVG units of about a CSS pixel
 
 
-@dataclass(frozen=True)
-class Line:
-    """One run's line: an SVG path, broken where a value is not finite, and its dots (x, y, words)."""
-
-    name: str
-    path: str
-    dots: tuple[tuple[float, float, str], ...]
+Line = tuple[str, str, tuple[tuple[float, float, str], ...]]  # name, SVG path, dots (x, y, words)
 
 
 @dataclass(frozen=True)
@@ -249,9 +231,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
 
 
-def chart(title: str, unit: str, runs: Sequence[RunResults], value: Callable[[Epoch], float | None]) -> Chart | None:
+def chart(title: str, unit: str, runs: Sequence[RunResults], value: Callable[[Epoch], float]) -> Chart | None:
     """One line a run; None where no run has a finite value. The vertical axis holds 0 unless all values are near 1."""
-    series = {run.name: [(e.epoch, y) for e in run.epochs if (y := value(e)) is not None] for run in runs}
+    series = {run.name: [(e.epoch, value(e)) for e in run.epochs] for run in runs}
     finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
     if not finite:
         return None
@@ -277,16 +259,13 @@ def chart(title: str, unit: str, runs: Sequence[RunResults], value: Callable[[Ep
 
 
 def _line(name: str, points: Sequence[tuple[int, float]], place: Callable[[float, float], tuple[float, float]]) -> Line:
-    path, pen = "", "M"
+    path, pen = "", "M"  # the pen is lifted where a value is not finite
     for x, y in points:
         if math.isfinite(y):
             path += "{}{} {}".format(pen, *place(x, y))
         pen = "L" if math.isfinite(y) else "M"
-    # Many dots would hide the line.
-    dots = points if len(points) <= MOST_DOTS else []
-    return Line(
-        name, path, tuple((*place(x, y), f"{name}, epoch {x}: {number(y, 3)}") for x, y in dots if math.isfinite(y))
-    )
+    dots = [(*place(x, y), f"{name}, epoch {x}: {number(y, 3)}") for x, y in points if math.isfinite(y)]
+    return name, path, tuple(dots if len(dots) <= MOST_DOTS else ())
 
 
 @dataclass(frozen=True)
@@ -327,15 +306,14 @@ def picture(record_CHW: Array, longest: int) -> Image.Image:
     bytes_CHW = (np.nan_to_num(record_CHW).clip(0, 1) * 255).round().astype(np.uint8)
     rgb = len(bytes_CHW) >= 3
     image = Image.fromarray(np.ascontiguousarray(bytes_CHW[:3].transpose(1, 2, 0)) if rgb else bytes_CHW[0])
-    if max(image.size) > longest:
-        image.thumbnail((longest, longest), Image.Resampling.BOX)
+    image.thumbnail((longest, longest), Image.Resampling.BOX)  # never enlarges
     return image
 
 
-def _data_uri(record_CHW: Array, longest: int) -> str:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture(record_CHW, longest).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def strip_png(results: Sequence[RunResults]) -> bytes:
@@ -365,20 +343,15 @@ def strip_png(results: Sequence[RunResults]) -> bytes:
             scale = cell / max(image.size)
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.NEAREST)
             sheet.paste(image, (left + column * (cell + gap), y))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-# The page and the small table
+    return _png(sheet)
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Fixed decimals, a true minus, thousands apart; what would round to zero in three significant digits."""
+    """Fixed decimals, none from 1,000 on; a true minus sign, never "-0.00"."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    small = 0 < abs(value) < 0.5 * 10**-digits
-    return (f"{value:.1e}" if small else f"{value:,.{0 if abs(value) >= 1000 else digits}f}").replace("-", "−")
+    digits = digits if abs(value) < 1000 else 0
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def table(results: Sequence[RunResults]) -> Table:
@@ -391,9 +364,8 @@ def table(results: Sequence[RunResults]) -> Table:
         interval = f"{number(peek.value)} ({number(peek.low)} to {number(peek.high)})" if peek else "not audited"
         correlation, sent, received = s.distance_correlation, decimal(s.bytes_sent), decimal(s.bytes_received)
         cells = (run.name, s.defense, f"{100 * s.accuracy:.1f} %", number(correlation.squared_unbiased), interval)
-        shown.add_row(
-            *map(Text, (*cells, sent, received, f"{s.seconds:.1f} s"))
-        )  # Text: brackets in a name are no mark-up
+        # As Text, brackets in a name are no mark-up.
+        shown.add_row(*map(Text, (*cells, sent, received, f"{s.seconds:.1f} s")))
     return shown
 
 
@@ -401,24 +373,18 @@ def render(results: Sequence[RunResults]) -> str:
     """The page: one HTML file without scripts, that fetches nothing."""
     shown = strips(results)
     count = sum(len(row.records) for strip in shown for row in strip)
-    longest = min(96, max(8, math.isqrt(PICTURE_BYTES // (4 * max(count, 1)))))  # 4: color bytes and PNG's own
+    longest = min(96, max(8, math.isqrt(PICTURE_BYTES // (4 * max(count, 1)))))  # 4 bytes a pixel: colors, PNG's own
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": number, "picture": lambda record_CHW: _data_uri(record_CHW, longest)}
+    page.filters["number"] = number
+    page.filters["png"] = lambda record_CHW: base64.b64encode(_png(picture(record_CHW, longest))).decode()
     charts = (
-        chart("Loss", "training loss, lower is a better fit", results, lambda e: e.loss),
-        chart("Accuracy", "share of held-out records, 0 to 1", results, lambda e: e.accuracy),
-        chart(
-            "Distance correlation",
-            "squared, bias-corrected; 0 = independent",
-            results,
-            lambda e: e.distance_correlation and e.distance_correlation.squared_unbiased,
-        ),
+        chart("Loss", "in training; lower = a closer fit", results, lambda e: e.loss),
+        chart("Accuracy", "share of held-out records", results, lambda e: e.accuracy),
+        chart("Distance correlation", "squared, unbiased", results, lambda e: e.distance_correlation.squared_unbiased),
     )
     source = resources.files("milkglass").joinpath("report.html.jinja").read_text("utf-8")
     box = {"width": WIDTH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-    return page.from_string(source).render(
-        runs=results, strips=shown, charts=[c for c in charts if c], box=box, values=VALUES_SHOWN, broken=BROKEN_ATTACK
-    )
+    return page.from_string(source).render(runs=results, strips=shown, charts=[c for c in charts if c], box=box)
 
 
 def write_report(folder: Path) -> Path:

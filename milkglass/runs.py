@@ -56,7 +56,7 @@ class RunFolder:
                 raise RunError(f"run folder {path}: holds a finished run; choose another --out, or remove it")
             if (path / "recipe.toml").exists():
                 raise RunError(f"run folder {path}: holds a run that was stopped; go on with --resume, or remove it")
-            if any(path.iterdir()):
+            if any(not file.name.endswith(".partial") for file in path.iterdir()):
                 raise RunError(f"run folder {path}: exists and holds other files; choose another --out")
         folder = cls(path, recipe)
         versions = {name: _version(name) for name in _VERSIONED}

@@ -1,0 +1,179 @@
+"""The commands. Each is thin: it reads its arguments, calls one function, prints what also stands in a JSON file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from milkglass.errors import MilkglassError
+
+if TYPE_CHECKING:
+    import click
+
+    from milkglass.progress import AuditProgress
+    from milkglass.replay import Replay
+    from milkglass.runs import RunFolder
+
+EXIT_BAD_INPUT: Final = 2
+EXIT_BY_VERDICT: Final = {"within budget": 0, "no budget set": 0, "over budget": 3, "inconclusive": 4}
+
+app = typer.Typer(
+    help="Train and serve deep networks across organizations without showing the data, and measure what is shown.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in TOML.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
+]
+
+
+class RecipeCommand(TyperCommand):
+    """A command whose help ends with every field of a recipe."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the fields, read from the model itself."""
+        from milkglass.recipe import fields
+
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Fields of a recipe (docs/recipes.md)"):
+            formatter.write_dl([(f"{key}  [{kind}; {default}]", text) for key, kind, default, text in fields()])
+
+
+@app.command(cls=RecipeCommand)
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder; default runs/<recipe's name>.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key: 32 raw bytes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+) -> None:
+    """Train a network in two halves, in this process, as the recipe says."""
+    from milkglass.progress import TrainingProgress
+    from milkglass.randomness import read_key
+    from milkglass.recipe import load_recipe
+    from milkglass.training.split import train as train_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    source = read_key(key) if key is not None else None
+    if key is not None and key.stat().st_mode & 0o077:
+        _say(f"milkglass: warning: key {key} can be read by others; chmod 600 {key}")
+    out = out or Path("runs") / recipe.stem
+    with TrainingProgress(loaded.training.epochs) as progress:
+        summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
+    dependence = summary["distance_correlation"]
+    print(
+        f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, distance correlation "
+        f"(squared, unbiased) {dependence['squared_unbiased']:.3f}, {summary['bytes_sent']:,} bytes sent, "
+        f"{summary['bytes_received']:,} received in {summary['messages']:,} messages; {summary['keys']}"
+    )
+
+
+@app.command()
+def audit(
+    run: RunPath,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The undefended run of the same recipe; default: trained once.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="'peek<=0.3'", help="What the run may show at most.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")] = None,
+) -> None:
+    """Attack what crossed the cut, and say how much of a record was rebuilt.
+
+    Exit code 0: within the budget, or none set. 3: over it. 4: inconclusive, the attacks failed their own controls.
+    """
+    from milkglass.audit import parse_budget
+    from milkglass.progress import AuditProgress, TrainingProgress
+    from milkglass.replay import find_reference, replay
+    from milkglass.runs import RunFolder
+    from milkglass.training.split import computing_with
+
+    limit = parse_budget(budget) if budget is not None else None
+    folder = RunFolder.open_finished(run)
+    with TrainingProgress(folder.recipe.training.epochs, "reference") as progress:
+        undefended = find_reference(folder, reference, progress)
+    replayed = replay(folder, undefended)
+    with computing_with(folder.recipe.threads), AuditProgress() as watch:
+        verdict = _audit(replayed, limit, folder, out, watch)
+    raise typer.Exit(EXIT_BY_VERDICT[verdict])
+
+
+@app.command()
+def cuts(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print what each possible cut costs the client: work, parameters, bytes per record."""
+    from rich.table import Table
+
+    from milkglass.cuts import cut_costs
+    from milkglass.networks import build
+    from milkglass.randomness import public_source
+    from milkglass.recipe import load_recipe
+    from milkglass.training.split import deal_records
+
+    loaded = load_recipe(recipe, overrides or ())
+    records = deal_records(loaded)
+    model = build(
+        loaded.network.name,
+        records.record_shape,
+        records.classes,
+        loaded.network.settings,
+        public_source(loaded.seed).generator("weights"),
+    )
+    table = Table("cut at", "shape", "client's FLOPs", "share", "client's parameters", "share", "bytes per record")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for cost in cut_costs(model, records.test.x[:1]):
+        marked = f"{cost.name}  <- the recipe's" if cost.name == loaded.cut.at else cost.name
+        table.add_row(
+            marked,
+            "x".join(map(str, cost.shape)),
+            f"{cost.client_flops:,}",
+            f"{cost.client_flops_share:.1%}",
+            f"{cost.client_parameters:,}",
+            f"{cost.client_parameters_share:.1%}",
+            f"{cost.bytes_per_record:,}",
+        )
+    _print(table)
+    print("FLOPs: multiplications and additions of matrix products and convolutions, forward, for one record.")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder of run folders.")]) -> None:
+    """Write report.html, one page without any outside part, and print its table."""
+    from milkglass.report import read_results, table, write_report
+
+    page = write_report(run)
+    _print(table(read_results(run)))
+    print(page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; bad input ends in one line on the error stream and exit code 2."""
+    try:
+        app(arguments)
+    except MilkglassError as error:
+        _say(f"milkglass: {error}")
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        _say("milkglass: stopped; go on with --resume")
+        sys.exit(130)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print(what: Any) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log has no width of its own
+    console.print(what)

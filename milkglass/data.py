@@ -1,0 +1,173 @@
+"""Deal a data set out to clients; set aside the auxiliary, validation and test records.
+
+`milkglass.formats` reads the files, `milkglass.records` says what a record is; all are used from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milkglass.errors import DataError
+from milkglass.formats import load
+from milkglass.randomness import Source
+from milkglass.records import RawRecords, RawTable, Records
+
+__all__ = ["MINIMUM_PART", "Deal", "RawRecords", "Records", "deal", "load"]
+
+MINIMUM_PART: Final = 8  # fewer records than this in one part, and nothing can be said about it
+
+
+@final
+@dataclass(frozen=True)
+class Deal:
+    """Who got which records. No record number is in two sets.
+
+    train: by client. The `*_indices` are record numbers (n,) in the file dealt from; `test_indices` count in the test
+    file where `test_is_separate`. classes: K. record_shape: (C, H, W) or (F,).
+    """
+
+    train: Mapping[str, Records]
+    auxiliary: Records
+    validation: Records
+    test: Records
+    train_indices: Mapping[str, Tensor]
+    auxiliary_indices: Tensor
+    validation_indices: Tensor
+    test_indices: Tensor
+    test_is_separate: bool
+    classes: int
+    record_shape: tuple[int, ...]
+
+
+def deal(
+    pool: RawRecords,
+    test_file: RawRecords | None,
+    *,
+    clients: Sequence[str],
+    train_records: int | None,
+    auxiliary_share: float,
+    validation_share: float,
+    test_share: float,
+    test_records: int | None,
+    source: Source,
+) -> Deal:
+    """Deal the pool out: one public permutation, cut into consecutive slices.
+
+    Shares are of the whole pool; what no share takes is for training, at most `train_records` of it. Test records come
+    from `test_file` where there is one, else from the pool by `test_share`; at most `test_records` of them. The slices
+    lie in the order test, validation, auxiliary, training, so none of the first three moves with the training set's
+    size or the number of clients. Tables are standardized with the training part's mean and standard deviation.
+
+    Disjoint means record numbers: whether a file holds one record twice is a separate question, not asked here.
+    Raises DataError for too few records, fewer than two classes, labels out of range, files that do not match.
+    """
+    classes = _classes(pool)
+    names = list(clients)
+    if not names or len(set(names)) != len(names):
+        raise DataError(f"clients {names}: expected at least one name, and no name twice")
+    sizes = [_size(share, len(pool)) for share in (test_share, validation_share, auxiliary_share)]
+    if test_file is not None:
+        _check_alike(pool, test_file, classes)
+        sizes[0] = 0
+    left = len(pool) - sum(sizes)
+    kept = left if train_records is None else min(left, train_records)
+    set_aside = sizes[0] if test_file is None else len(test_file)
+    kept_test = set_aside if test_records is None else min(set_aside, test_records)
+    parts = {"test": kept_test, "validation": sizes[1], "auxiliary": sizes[2]}
+    parts["training" if len(names) == 1 else f"training (each of {len(names)} clients)"] = kept // len(names)
+    _check_enough(pool, parts)
+
+    order = torch.randperm(len(pool), generator=source.generator("deal", "pool"))
+    test, validation, auxiliary, train = torch.split(order, [*sizes, left])
+    if test_file is not None:
+        test = torch.randperm(len(test_file), generator=source.generator("deal", "test"))
+    test, train = test[:kept_test], train[:kept]
+
+    pool, test_pool = _standardized(pool, pool if test_file is None else test_file, train)
+    by_client = dict(zip(names, train.tensor_split(len(names)), strict=True))
+    return Deal(
+        train=MappingProxyType({client: pool.take(indices) for client, indices in by_client.items()}),
+        auxiliary=pool.take(auxiliary),
+        validation=pool.take(validation),
+        test=test_pool.take(test),
+        train_indices=MappingProxyType(by_client),
+        auxiliary_indices=auxiliary,
+        validation_indices=validation,
+        test_indices=test,
+        test_is_separate=test_file is not None,
+        classes=classes,
+        record_shape=pool.record_shape,
+    )
+
+
+# Dealing: checks and scales.
+
+
+def _size(share: float, total: int) -> int:
+    if not 0 <= share < 1:
+        raise DataError(f"a share of {share} of the data: expected a number from 0 up to, not including, 1")
+    return math.floor(share * total + 0.5)
+
+
+def _check_enough(pool: RawRecords, parts: Mapping[str, int]) -> None:
+    if min(parts.values()) < MINIMUM_PART:
+        asked = ", ".join(f"{max(size, 0)} {part}" for part, size in parts.items())
+        raise DataError(
+            f"{pool.where}: {len(pool)} records are too few for what is asked; it comes to {asked}, expected at least "
+            f"{MINIMUM_PART} of each"
+        )
+
+
+def _classes(pool: RawRecords) -> int:
+    seen = np.unique(pool.labels)
+    classes = pool.named_classes or len(seen)
+    if classes < 2 or len(seen) < 2:
+        raise DataError(f"{pool.where}: all labels are {seen[0]}; expected at least two classes")
+    _check_range(pool, classes)
+    return classes
+
+
+def _check_range(raw: RawRecords, classes: int) -> None:
+    outside = np.flatnonzero(raw.labels >= classes)
+    if len(outside):
+        raise DataError(
+            f"{raw.where}: label {raw.labels[outside[0]]} of record {outside[0]} is out of range; "
+            f"expected 0 to {classes - 1} for {classes} classes"
+        )
+
+
+def _check_alike(pool: RawRecords, test_file: RawRecords, classes: int) -> None:
+    if test_file.where == pool.where:
+        raise DataError(f"{pool.where}: given as the test data and as the training data; expected two different sets")
+
+    def form(raw: RawRecords) -> str:
+        if isinstance(raw, RawTable):
+            return f"tables of {raw.numeric.shape[1]} numeric and {raw.categorical.shape[1]} categorical columns"
+        return f"pictures of (channels, height, width) {raw.record_shape}"
+
+    if form(pool) != form(test_file):
+        raise DataError(f"{test_file.where} holds {form(test_file)}; expected {form(pool)}, as in {pool.where}")
+    _check_range(test_file, classes)
+
+
+def _standardized(pool: RawRecords, test_pool: RawRecords, train: Tensor) -> tuple[RawRecords, RawRecords]:
+    """Tables with the training part's scale, the codes of both files as categories; pictures as they are."""
+    if not (isinstance(pool, RawTable) and isinstance(test_pool, RawTable)):
+        return pool, test_pool
+    numbers = pool.numeric[train.numpy()].astype(np.float64)
+    spread = numbers.std(axis=0)
+    scale = np.where(spread > 0, spread, 1.0)  # a constant column stays constant, at 0
+    highest = np.maximum(pool.categorical.max(axis=0), test_pool.categorical.max(axis=0))
+    categories = tuple(int(code) + 1 for code in highest)
+    return (
+        pool.fitted(numbers.mean(axis=0), scale, categories),
+        test_pool.fitted(numbers.mean(axis=0), scale, categories),
+    )

@@ -1,0 +1,285 @@
+"""Read a data set from where it lies: an embedded one, a file, a folder, the hub.
+
+Legend: n records taken, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from milkglass.errors import DataError, MissingExtraError, nearest
+from milkglass.records import Array, RawPictures, RawRecords, raw_labels, raw_pictures, raw_table
+
+EMBEDDED: Final = ("digits",)
+_PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
+_LABEL_COLUMNS: Final = ("label", "labels", "fine_label")
+# What numpy and zipfile raise on a truncated or forged file.
+_DAMAGE: Final = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def load(
+    *, name: str | None = None, path: Path | None = None, hub: str | None = None, split: str = "train"
+) -> RawRecords:
+    """Read a data set from exactly one source.
+
+    name: an embedded one (`digits`). path: a `.npz`, a `.parquet` file, a folder of them, or a folder with a subfolder
+    of PNG or JPEG pictures per class. hub: "owner/name" on the Hugging Face hub; nothing else here touches the network.
+    split: the part to take from the hub, or from a parquet folder whose files are named `SPLIT-*.parquet`.
+
+    Raises DataError; MissingExtraError where parquet or the hub needs `milkglass[data]`.
+    """
+    given = [key for key, value in (("name", name), ("path", path), ("hub", hub)) if value is not None]
+    if len(given) != 1:
+        raise DataError(f"data: {' and '.join(given) or 'nothing'} given; expected exactly one of name, path, hub")
+    if name is not None:
+        return _embedded(name)
+    if hub is not None:
+        return _from_hub(hub, split)
+    assert path is not None
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        return _from_parquet_folder(path, files, split) if files else _from_image_folder(path)
+    if not path.exists():
+        raise DataError(_missing(path))
+    if path.suffix.lower() == ".npz":
+        return _from_npz(path)
+    if path.suffix.lower() == ".parquet":
+        return _from_parquet([path], str(path))
+    raise DataError(f"{path}: not a kind of file that is read here; expected .npz, .parquet, or a folder")
+
+
+def _embedded(name: str) -> RawRecords:
+    if name not in EMBEDDED:
+        raise DataError(f"data set {name!r} is not embedded; {nearest(name, EMBEDDED)}")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return raw_pictures((digits.images / 16).astype(np.float32), raw_labels(digits.target, name), name)
+
+
+def _from_npz(path: Path) -> RawRecords:
+    where = str(path)
+    arrays = _npz_arrays(path)
+    if "labels" not in arrays:
+        raise DataError(f"{where}: no array `labels`; {nearest('labels', arrays)}")
+    labels = raw_labels(arrays["labels"], where)
+    if "images" in arrays:
+        return raw_pictures(arrays["images"], labels, where)
+    key = "features" if "features" in arrays else "numeric"
+    if key not in arrays:
+        raise DataError(f"{where}: no array `images`, `features` or `numeric`; it holds: {', '.join(arrays)}")
+    categorical = arrays.get("categorical") if key == "numeric" else None
+    return raw_table(arrays[key], categorical, labels, where)
+
+
+def _npz_arrays(path: Path) -> dict[str, Array]:
+    try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("not an archive, or its end is missing")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except _DAMAGE as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{path}: holds pickled Python objects, which are never loaded; expected plain arrays"
+            ) from error
+        raise DataError(f"{path}: cannot be read, truncated or not an .npz file ({_first_line(error)})") from error
+
+
+def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str) -> RawRecords:
+    of_split = [file for file in files if file.stem.split("-")[0] == split]
+    if of_split:
+        return _from_parquet(of_split, f"{folder} ({split})")
+    if split != "train":
+        held = ", ".join(file.name for file in files[:5])
+        raise DataError(f"{folder}: no file named {split}-*.parquet in it; it holds: {held}")
+    return _from_parquet(files, str(folder))
+
+
+def _from_parquet(files: Sequence[Path], where: str) -> RawRecords:
+    datasets = _datasets(where)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        tables = [pyarrow.parquet.read_table(file) for file in files]
+        # Straight from the table: `datasets` would write a second copy into its cache.
+        return _from_dataset(datasets.Dataset(pyarrow.concat_tables(tables)), where, may_name_files=False)
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(f"{where}: cannot be read, truncated or not parquet ({_first_line(error)})") from error
+
+
+def _from_hub(hub: str, split: str) -> RawRecords:
+    where = f"hub data set {hub!r}, split {split!r}"
+    datasets = _datasets(where)
+    try:
+        return _from_dataset(datasets.load_dataset(hub, split=split), where, may_name_files=True)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{where}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
+    """A `datasets.Dataset` with labels and a column of pictures, or with labels and numeric columns.
+
+    may_name_files: pictures may be names of files, as `datasets` downloads them. A file from elsewhere may not: it
+    could name any file of this machine.
+    """
+    import datasets
+
+    features = dataset.features
+    columns = list(features)
+    named = [column for column in columns if isinstance(features[column], datasets.ClassLabel)]
+    label = next((c for c in _LABEL_COLUMNS if c in columns), named[0] if len(named) == 1 else None)
+    if label is None:
+        raise DataError(
+            f"{where}: no label column; expected one of {', '.join(_LABEL_COLUMNS)} among {', '.join(columns)}"
+        )
+    labels = raw_labels(dataset.with_format("numpy")[label][:] if len(dataset) else np.zeros(0, np.int64), where)
+    classes = features[label].num_classes if label in named else None
+    pictures = [c for c in columns if isinstance(features[c], datasets.Image) or _holds_bytes(features[c])]
+    if len(pictures) > 1:
+        raise DataError(f"{where}: columns {', '.join(pictures)} all hold pictures; expected one")
+    if pictures:
+        column = dataset.cast_column(pictures[0], datasets.Image(decode=False)).select_columns(pictures)
+
+        def fetch(indices: list[int]) -> list[tuple[str, bytes | str]]:
+            called = [f"{where}: record {index}" for index in indices]
+            items = column[indices][pictures[0]]
+            return [(name, _stored(item, name, may_name_files)) for name, item in zip(called, items, strict=True)]
+
+        return _encoded(fetch, labels, where, classes)
+    rest = [column for column in columns if column != label]
+    for column in rest:
+        if not getattr(features[column], "dtype", "").startswith(("int", "uint", "float", "bool")):
+            raise DataError(f"{where}: column {column!r} is {features[column]}; expected a picture or numbers")
+    frame = dataset.to_pandas()
+    numeric = frame[[column for column in rest if column not in named]].to_numpy(dtype=np.float64)
+    categorical = frame[[column for column in rest if column in named]].to_numpy(dtype=np.int64)
+    return replace(raw_table(numeric, categorical, labels, where), named_classes=classes)
+
+
+def _stored(item: Any, called: str, may_name_files: bool) -> bytes | str:
+    if item and item["bytes"] is not None:
+        return bytes(item["bytes"])
+    if item and item["path"] is not None and may_name_files:
+        return str(item["path"])
+    raise DataError(f"{called}: holds no picture; expected the bytes of a PNG or JPEG")
+
+
+def _from_image_folder(folder: Path) -> RawRecords:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(file for file in (folder / name).iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES)
+        if not found:
+            raise DataError(f"{folder / name}: no PNG or JPEG in it; expected the pictures of class {name!r}")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise DataError(
+            f"{folder}: no .parquet file and no subfolder in it; expected a subfolder of pictures per class"
+        )
+    _check_sizes(files)
+
+    def fetch(indices: list[int]) -> list[tuple[str, bytes | str]]:
+        return [(str(files[index]), str(files[index])) for index in indices]
+
+    return _encoded(fetch, np.array(labels), str(folder), len(names))
+
+
+def _check_sizes(files: Sequence[Path]) -> None:
+    """Every picture's header tells the size of the first one: the odd file shows before training, taken or not."""
+    from PIL import Image
+
+    first = None
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(_unreadable(str(file), error)) from error
+        first = first or size
+        if size != first:
+            raise DataError(_odd_size(str(file), size, first))
+
+
+def _encoded(
+    fetch: Callable[[list[int]], list[tuple[str, bytes | str]]],
+    labels: Array,
+    where: str,
+    classes: int | None,
+) -> RawPictures:
+    """Pictures as PNG or JPEG, decoded only when taken; the first one sets size and color.
+
+    fetch: record numbers -> for each, what to call it in an error, and its bytes or its file's name.
+    """
+    ((called, picture),) = fetch([0])
+    shape = _decode(picture, called, None).shape
+
+    def read(indices: Array) -> Array:
+        return np.stack([_decode(picture, called, shape) for called, picture in fetch(indices.tolist())])
+
+    return RawPictures(where, labels, classes, read, shape)
+
+
+def _decode(picture: bytes | str, called: str, shape: tuple[int, ...] | None) -> Array:
+    """Pixels (H, W, C) uint8: C is 1 where the first picture is grey, else 3. Nothing is resized or cropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"):
+                raise DataError(f"{called}: a picture of mode {image.mode}; expected 8 bits a channel")
+            grey = image.mode in ("1", "L", "LA")
+            if shape is not None and shape[2] == 1 and not grey:
+                raise DataError(f"{called}: a color picture, where the first one is grey; expected all of one kind")
+            pixels = np.asarray(image.convert("L" if grey and (shape is None or shape[2] == 1) else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(_unreadable(called, error)) from error
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if shape is not None and pixels.shape != shape:
+        raise DataError(_odd_size(called, pixels.shape[1::-1], shape[1::-1]))
+    return pixels
+
+
+def _unreadable(called: str, error: BaseException) -> str:
+    return f"{called}: cannot be read as a PNG or JPEG ({_first_line(error)})"
+
+
+def _odd_size(called: str, size: Sequence[int], first: Sequence[int]) -> str:
+    return f"{called}: {size[0]} x {size[1]} pixels; expected {first[0]} x {first[1]}, as in the first picture"
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"{path}: no such file, and no folder {path.parent}"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f"{path}: no such file" + (f"; did you mean {close[0]!r}?" if close else f" in {path.parent}")
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """A struct with the bytes of a picture, as the Hugging Face hub stores it, also where the file does not say so."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError(where, "data") from None
+    return datasets

@@ -1,0 +1,95 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log. Everything goes to the error stream."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self, final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from milkglass.parties import StepResult
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+@final
+class TrainingProgress:
+    """Loss, accuracy and the current distance correlation of a training, by batch and by epoch."""
+
+    def __init__(self, epochs: int, what: str = "training") -> None:
+        self._epochs = epochs
+        self._what = what
+        self._bar = _bar()
+        self._task = None if not self._bar.console.is_terminal else self._bar.add_task(what, total=None, note="")
+        self._dependence = "distance correlation not measured yet"
+
+    def __enter__(self) -> Self:
+        if self._task is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
+        """Move the bar; the penalty is the weighted one of this batch."""
+        if self._task is None:
+            return
+        penalty = f", penalty {result.penalty:.3f}" if result.penalty else ""
+        self._bar.update(
+            self._task,
+            total=self._epochs * steps,
+            completed=(epoch - 1) * steps + step,
+            note=f"loss {result.loss:.3f}, accuracy {result.accuracy:.3f}{penalty}, {self._dependence}",
+        )
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Note what the test records showed after an epoch."""
+        self._dependence = f"distance correlation {line['distance_correlation']['squared_unbiased']:.3f}"
+        if self._task is None:
+            self._bar.console.print(
+                f"{self._what}: epoch {line['epoch']} of {self._epochs}: loss {line['loss']:.3f}, test accuracy "
+                f"{line['accuracy']:.3f}, {self._dependence}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+@final
+class AuditProgress:
+    """Which attack of an audit is at work."""
+
+    def __init__(self) -> None:
+        self._bar = _bar()
+        self._task = None if not self._bar.console.is_terminal else self._bar.add_task("audit", total=None, note="")
+
+    def __enter__(self) -> Self:
+        if self._task is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        """`done` of `total` pieces of work are done; `note` says what comes now."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        else:
+            self._bar.console.print(f"audit: {done} of {total}: {note}", soft_wrap=True, highlight=False)

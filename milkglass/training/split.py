@@ -1,0 +1,306 @@
+"""Split training in one process: one client, one server, messages between them (vanilla split learning, Vepakomma et
+al. 2018, arXiv 1812.00564).
+
+The client's first weights, batch order, dropout and noise come from its private source; dealing and the server's first
+weights from the recipe's seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from milkglass.cuts import check_stages, cut, flops_per_sample
+from milkglass.data import Deal, deal, load
+from milkglass.defenses.base import Defense
+from milkglass.defenses.noise import Noise
+from milkglass.defenses.nopeek import NoPeek
+from milkglass.errors import DataError
+from milkglass.networks import build
+from milkglass.parties import Client, Server, StepResult
+from milkglass.randomness import Source, public_source, rehearsal_source
+from milkglass.recipe import Recipe
+from milkglass.runs import Checkpoint, RunFolder
+from milkglass.training.evaluate import Evaluation, evaluate
+from milkglass.transports.base import Flow, Transport
+from milkglass.transports.local import LocalTransport
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a recipe describes, ready to train."""
+
+    recipe: Recipe
+    records: Deal
+    client: Client
+    server: Server
+    transport: Transport
+
+    @property
+    def defense(self) -> str:
+        """The client's defenses in words; "none" without any."""
+        return " + ".join(defense.describe() for defense in self.client.defenses) or "none"
+
+
+class Progress(Protocol):
+    """Who watches a training."""
+
+    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
+        """One batch is done."""
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """One epoch is done; `line` is its line of metrics.jsonl."""
+
+
+class Silence:
+    """Nobody watches."""
+
+    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
+        """Do nothing."""
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def deal_records(recipe: Recipe) -> Deal:
+    """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed."""
+    data = recipe.data
+    train = load(name=data.name, path=_path(data.path), hub=data.hub)
+    test = load(path=_path(data.test_path)) if data.test_path else None
+    return deal(
+        train,
+        test,
+        clients=recipe.parties.clients,
+        train_records=data.train_records,
+        test_records=data.test_records,
+        auxiliary_share=recipe.attacker.auxiliary_share,
+        validation_share=recipe.attacker.validation_share,
+        test_share=data.test_share,
+        source=public_source(recipe.seed).derive("deal"),
+    )
+
+
+def defenses(recipe: Recipe) -> list[Defense]:
+    """The client's defenses, in the order in which they act."""
+    chosen: list[Defense] = []
+    if recipe.defense.noise is not None:
+        chosen.append(Noise(recipe.defense.noise.sigma))
+    if recipe.defense.nopeek is not None:
+        chosen.append(NoPeek(recipe.defense.nopeek.weight, recipe.defense.nopeek.estimator))
+    return chosen
+
+
+def stages(recipe: Recipe, records: Deal, private: Source) -> tuple[nn.Module, nn.Module]:
+    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed."""
+
+    def halves(source: Source) -> tuple[nn.Module, nn.Module]:
+        network = recipe.network
+        model = build(
+            network.name, records.record_shape, records.classes, network.settings, source.generator("weights")
+        )
+        return cut(model, at=recipe.cut.at)
+
+    bottom, _ = halves(private)
+    _, top = halves(public_source(recipe.seed))
+    check_stages(bottom, top)
+    return bottom, top
+
+
+def set_up(
+    recipe: Recipe,
+    private: Source | None = None,
+    *,
+    records: Deal | None = None,
+    wrap: Callable[[Transport], Transport] = lambda transport: transport,
+) -> Setup:
+    """Parties, data and transport as the recipe says.
+
+    private: the client's source; by default it follows from the seed: a rehearsal. records: an earlier deal of the
+    same recipe. wrap: puts a transport around the local one, such as a recording one.
+    """
+    name = recipe.parties.clients[0]
+    private = private or rehearsal_source(recipe.seed, name)
+    records = records or deal_records(recipe)
+    bottom, top = stages(recipe, records, private)
+    server = Server(
+        top,
+        _optimizer(recipe, top),
+        name=recipe.parties.server,
+        source=rehearsal_source(recipe.seed, recipe.parties.server),
+    )
+    transport = wrap(LocalTransport(server))
+    client = Client(
+        bottom, _optimizer(recipe, bottom), transport, defenses=defenses(recipe), name=name, source=private
+    )
+    return Setup(recipe, records, client, server, transport)
+
+
+def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
+    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way)."""
+    client, training = setup.client, setup.recipe.training
+    records = setup.records.train[client.name]
+    order = torch.randperm(len(records), generator=client.source.generator("order", epoch))
+    batches = list(_batches(order, training.batch_size, training.drop_last_batch, smallest(setup.recipe)))
+    if not batches:
+        raise DataError(
+            f"{len(records)} training records make no batch of {training.batch_size}; lower training.batch_size"
+        )
+    loss = accuracy = 0.0
+    for step, rows in enumerate(batches, start=1):
+        result = client.step(records.x[rows], records.y[rows])
+        loss += result.loss * len(rows)
+        accuracy += result.accuracy * len(rows)
+        if progress is not None:
+            progress.batch(epoch, step, len(batches), result)
+    seen = sum(map(len, batches))
+    return loss / seen, accuracy / seen
+
+
+def train(
+    recipe: Recipe, out: Path, key: Source | None = None, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train a recipe into the run folder `out`; returns what summary.json holds.
+
+    Ends in the same bits whether it ran through or was stopped and resumed any number of times. Raises
+    MilkglassError, one line, before anything is written, if the recipe cannot be run.
+    """
+    progress = progress or Silence()
+    with computing_with(recipe.threads):
+        setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
+        folder = RunFolder.resume(out, recipe) if resume else RunFolder.create(out, recipe)
+        if folder.finished:
+            return folder.read_json("summary.json")
+        lines: list[dict[str, Any]] = []
+        checkpoint = folder.load_checkpoint()
+        if checkpoint is not None:
+            lines = _restore(setup, checkpoint)
+        last = None
+        for epoch in range(len(lines) + 1, recipe.training.epochs + 1):
+            started = time.perf_counter()
+            loss, accuracy = train_epoch(setup, epoch, progress)
+            seconds = time.perf_counter() - started
+            last = evaluate_on_test(setup, epoch)
+            lines.append(
+                {
+                    "epoch": epoch,
+                    "loss": loss,
+                    "train_accuracy": accuracy,
+                    "accuracy": last.accuracy,
+                    "distance_correlation": asdict(last.dependence),
+                    "seconds": seconds,
+                }
+            )
+            folder.write_metrics(lines)
+            folder.save_checkpoint(_checkpoint(setup, epoch, lines))
+            progress.epoch(lines[-1])
+        folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
+        folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
+        folder.write_metrics(lines)
+        summary = summarize(setup, lines, rehearsal=key is None)
+        folder.write_json("summary.json", summary)
+    return summary
+
+
+def evaluate_on_test(setup: Setup, epoch: int) -> Evaluation:
+    """Accuracy and distance correlation on the test records, across the cut."""
+    test = setup.records.test
+    return evaluate(setup.client, test.x, test.y, public_source(setup.recipe.seed).generator("permutations", epoch))
+
+
+def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> dict[str, Any]:
+    """What summary.json says of a finished training."""
+    records, traffic = setup.records, setup.transport.traffic
+    seconds = sum(line["seconds"] for line in lines)
+    example = records.test.x[:1]
+    return {
+        "accuracy": lines[-1]["accuracy"],
+        "distance_correlation": lines[-1]["distance_correlation"],
+        "defense": setup.defense,
+        "bytes_sent": traffic.wire_bytes("to server"),
+        "bytes_received": traffic.wire_bytes("to client"),
+        "messages": traffic.messages,
+        "wire": [
+            {"direction": direction, "kind": kind, "messages": flow.messages, "bytes": flow.wire_bytes}
+            for (direction, kind), flow in traffic.flows.items()
+        ],
+        "seconds": seconds,
+        "seconds_per_epoch": seconds / len(lines),
+        "client_flops_per_sample": flops_per_sample(setup.client.stage, example),
+        "seed": setup.recipe.seed,
+        "keys": "keys derived from the seed: a rehearsal" if rehearsal else "the client's key came from a file",
+        "records": {
+            "train": {name: len(part) for name, part in records.train.items()},
+            "auxiliary": len(records.auxiliary),
+            "validation": len(records.validation),
+            "test": len(records.test),
+        },
+        "recipe_digest": setup.recipe.digest(),
+    }
+
+
+def smallest(recipe: Recipe) -> int:
+    """The smallest batch that the recipe's penalties can be computed on."""
+    return 4 if recipe.defense.nopeek is not None else 1
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads: the sum's order, and so its last bits, depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batches(order: Tensor, size: int, drop_last: bool, smallest: int) -> Iterator[Tensor]:
+    for rows in order.split(size):
+        if len(rows) == size or not drop_last:
+            if len(rows) < smallest:
+                raise DataError(
+                    f"the last batch has {len(rows)} records; NoPeek's penalty needs at least {smallest}: "
+                    "set training.drop_last_batch = true, or another batch_size"
+                )
+            yield rows
+
+
+def _optimizer(recipe: Recipe, stage: nn.Module) -> torch.optim.Optimizer | None:
+    parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    if not parameters:
+        return None
+    training = recipe.training
+    if training.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+
+
+def _checkpoint(setup: Setup, epoch: int, lines: list[dict[str, Any]]) -> Checkpoint:
+    flows = [
+        [direction, kind, flow.messages, flow.wire_bytes]
+        for (direction, kind), flow in setup.transport.traffic.flows.items()
+    ]
+    parties = {party.name: party.state() for party in (setup.client, setup.server)}
+    return Checkpoint(epoch, parties, {"metrics": lines, "traffic": flows})
+
+
+def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    for party in (setup.client, setup.server):
+        party.load_state(checkpoint.parties[party.name])
+    for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"]:
+        setup.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
+    lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
+    return lines
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
