@@ -27,7 +27,7 @@ PYTHON = VENV / "bin" / "python"
 BEFORE = ROOT / "build" / "venv-before"
 # Each level holds the ones before it.
 LEVELS = {"demo": "", "test": "[test]", "check": "[test,check]"}
-IMPORTS = "import milkglass, numpy, pydantic, scipy, sklearn, torch, typer"
+IMPORTS = "import milkglass, torch"
 
 
 class UnsoundError(Exception):

@@ -14,8 +14,6 @@ from typer.core import TyperCommand
 from milkglass.errors import MilkglassError
 
 if TYPE_CHECKING:
-    import click
-
     from milkglass.progress import AuditProgress
     from milkglass.replay import Replay
     from milkglass.runs import RunFolder
@@ -41,7 +39,7 @@ Overrides = Annotated[
 class RecipeCommand(TyperCommand):
     """A command whose help ends with every field of a recipe."""
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the fields, read from the model itself."""
         from milkglass.recipe import fields
 
@@ -54,7 +52,9 @@ class RecipeCommand(TyperCommand):
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder; default runs/<recipe's name>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The run folder; default runs/<recipe's name>.")
+    ] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key: 32 raw bytes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
 ) -> None:
@@ -86,7 +86,9 @@ def audit(
         Path | None, typer.Option(metavar="RUN", help="The undefended run of the same recipe; default: trained once.")
     ] = None,
     budget: Annotated[str | None, typer.Option(metavar="'peek<=0.3'", help="What the run may show at most.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")
+    ] = None,
 ) -> None:
     """Attack what crossed the cut, and say how much of a record was rebuilt.
 
@@ -147,7 +149,9 @@ def cuts(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder of run folders.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder of run folders.")],
+) -> None:
     """Write report.html, one page without any outside part, and print its table."""
     from milkglass.report import read_results, table, write_report
 

@@ -2,7 +2,7 @@
 
 A frame, little-endian, version 1:
 
-    magic "MGLS" | version u8 | kind u8 | tensors u8 | party length u8 | step u64 | frame bytes u64 | CRC-32 u32 | 4 zeros
+    magic "MGLS" | version u8 | kind u8 | tensors u8 | party length u8 | step u64 | frame bytes u64 | CRC-32 u32 | 0 u32
     party in UTF-8
     per tensor: name length u8 | dtype u8 | dimensions u8 | name in UTF-8 | sizes u64 ...
     per tensor: zeros up to a multiple of 8, then its raw values
@@ -67,13 +67,12 @@ def encode(message: Message) -> bytearray:
         offset += -offset % _ALIGNMENT
         size = tensor.numel() * tensor.element_size()
         if size:
-            frame[offset : offset + size] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            target = torch.frombuffer(frame, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            target.view(tensor.shape).copy_(tensor)
         offset += size
     checksum = zlib.crc32(memoryview(frame)[_FIXED.size :])
     kind = KINDS.index(message.kind)
-    _FIXED.pack_into(
-        frame, 0, _MAGIC, VERSION, kind, len(message.tensors), party_length, message.step, total, checksum
-    )
+    _FIXED.pack_into(frame, 0, _MAGIC, VERSION, kind, len(message.tensors), party_length, message.step, total, checksum)
     return frame
 
 

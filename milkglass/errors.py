@@ -1,14 +1,14 @@
 """Everything milkglass raises on purpose.
 
-    MilkglassError                 one clear line: what, where, what was expected; exit code 2
-    ├── RecipeError                the recipe, or an override of it
-    ├── DataError                  records, labels, or the file that holds them
-    ├── CutError                   a network that cannot be cut there
-    ├── MessageError               a frame that is truncated, forged, or not what was agreed
-    ├── EgressError                a client was about to send what nobody agreed to
-    ├── RunError                   a run folder that exists, is half-written, or is another recipe's
-    ├── AuditError                 a view or an attack that cannot be audited
-    └── MissingExtraError          a part of milkglass that is not installed
+MilkglassError                 one clear line: what, where, what was expected; exit code 2
+├── RecipeError                the recipe, or an override of it
+├── DataError                  records, labels, or the file that holds them
+├── CutError                   a network that cannot be cut there
+├── MessageError               a frame that is truncated, forged, or not what was agreed
+├── EgressError                a client was about to send what nobody agreed to
+├── RunError                   a run folder that exists, is half-written, or is another recipe's
+├── AuditError                 a view or an attack that cannot be audited
+└── MissingExtraError          a part of milkglass that is not installed
 """
 
 from __future__ import annotations

@@ -118,7 +118,9 @@ class Client(_Party):
         answer = self._send("activations", "gradients", x, {"activations": z.detach(), "labels": y_B})
         loss, right = _expect_scalar(answer, "loss"), _expect_scalar(answer, "right")
         if not math.isfinite(loss):
-            raise MilkglassError(f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate")
+            raise MilkglassError(
+                f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate"
+            )
         dz = _expect(answer, "gradient", z)
         for defense in self.defenses:
             dz = defense.returned(dz)
@@ -184,7 +186,9 @@ class Server(_Party):
         """Answer one message of a client: a training step, or predictions."""
         z = message.tensors.get("activations")
         if z is None or not z.is_floating_point():
-            raise MessageError(f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}")
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}"
+            )
         if message.kind == "queries":
             with torch.no_grad():
                 logits_BK = self._forward(z.clone(), training=False)

@@ -93,7 +93,9 @@ def read_key(path: Path) -> Source:
     except OSError as error:
         raise RecipeError(f"key file {path}: {error.strerror or error}; expected a file of {KEY_BYTES} bytes") from None
     if len(key) != KEY_BYTES:
-        raise RecipeError(f"key file {path}: {len(key)} bytes; a key is {KEY_BYTES} raw bytes (head -c 32 /dev/urandom)")
+        raise RecipeError(
+            f"key file {path}: {len(key)} bytes; a key is {KEY_BYTES} raw bytes (head -c 32 /dev/urandom)"
+        )
     return Source(key)
 
 

@@ -33,15 +33,20 @@ class Data(Section):
 
     name: str | None = Field(None, description="An embedded data set: `digits` (1,797 grey 8x8 pictures).")
     path: str | None = Field(
-        None, description="A `.npz` or parquet file, or a folder of pictures (one subfolder a class); relative to the recipe."
+        None,
+        description="A `.npz` or parquet file, or a folder of pictures (one subfolder a class); relative to the recipe.",
     )
     hub: str | None = Field(
         None, description="A data set on the Hugging Face hub, `owner/name`. Only this one touches the network."
     )
-    test_path: str | None = Field(None, description="The test records' file; without it a share of the data is set aside.")
+    test_path: str | None = Field(
+        None, description="The test records' file; without it a share of the data is set aside."
+    )
     train_records: int | None = Field(None, ge=1, description="At most so many private training records; default all.")
     test_records: int | None = Field(None, ge=1, description="At most so many test records; default all.")
-    test_share: Share = Field(0.2, description="The share of the data set aside for tests, where there is no test file.")
+    test_share: Share = Field(
+        0.2, description="The share of the data set aside for tests, where there is no test file."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -131,7 +136,9 @@ class Attacker(Section):
 class Recipe(Section):
     """A run: all that its parties agree on, and where the records are."""
 
-    seed: int = Field(0, ge=0, description="All public randomness follows from it: dealing, the server's first weights.")
+    seed: int = Field(
+        0, ge=0, description="All public randomness follows from it: dealing, the server's first weights."
+    )
     threads: int = Field(1, ge=1, description="Threads a process computes with; part of what makes the same bits.")
     data: Data
     network: Network
@@ -159,8 +166,7 @@ class Recipe(Section):
 
     def agreed(self) -> dict[str, Any]:
         """The part that all parties must agree on: all but where the data lie and which packages read them."""
-        agreed = self.model_dump(mode="json", exclude={"versions": True, "data": {"path", "test_path"}})
-        return agreed
+        return self.model_dump(mode="json", exclude={"versions": True, "data": {"path", "test_path"}})
 
     def digest(self) -> str:
         """SHA-256 of the agreed part, in hexadecimal."""
@@ -230,9 +236,7 @@ def reference_page() -> str:
         "| key | type | default | what it says |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| `{key}` | {kind.replace('|', 'or')} | {default} | {text} |" for key, kind, default, text in fields()
-    ]
+    lines += [f"| `{key}` | {kind.replace('|', 'or')} | {default} | {text} |" for key, kind, default, text in fields()]
     return "\n".join(lines) + "\n"
 
 

@@ -81,13 +81,15 @@ def load_parties(run: RunFolder) -> Setup:
         try:
             stage.load_state_dict(run.read_tensors(name))
         except RuntimeError as error:
-            raise RunError(f"{run.path / name}: not this recipe's weights: {str(error).splitlines()[-1].strip()}") from None
+            raise RunError(
+                f"{run.path / name}: not this recipe's weights: {str(error).splitlines()[-1].strip()}"
+            ) from None
     return setup
 
 
 def release_all(client: Client, x: Tensor, times: int = 1) -> Tensor:
     """What the client sends for records `x` (N, ...): the mean of so many releases, (N, ...)."""
-    parts = [torch.stack([client.release(part) for _ in range(times)]).mean(dim=0) for part in x.split(BATCH)]
+    parts = [torch.stack([client.release(part) for _ in range(times)]).mean(dim=0) for part in torch.split(x, BATCH)]
     return torch.cat(parts)
 
 
@@ -95,7 +97,7 @@ def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
     """(records) -> (N, 2 K): the reference's class probabilities, and the label as one of K."""
 
     def entitled(records: Records) -> Tensor:
-        logits_NK = torch.cat([reference.client.predict(part)[0] for part in records.x.split(BATCH)])
+        logits_NK = torch.cat([reference.client.predict(part)[0] for part in torch.split(records.x, BATCH)])
         one_of_NK = F.one_hot(records.y, reference.records.classes)
         return torch.cat([logits_NK.softmax(dim=1), one_of_NK.to(logits_NK.dtype)], dim=1)
 

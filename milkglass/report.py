@@ -84,7 +84,7 @@ class Summary(_File):
     defense: str
     keys: str
     wire: tuple[Wire, ...]
-    records: dict[str, int]
+    records: dict[str, int | dict[str, int]]  # training records are counted by client
 
 
 class Interval(_File):
@@ -150,7 +150,7 @@ _Model = TypeVar("_Model", bound=_File)
 
 
 def read_results(folder: Path) -> list[RunResults]:
-    """The runs in `folder`: itself, or every direct subfolder with a summary; undefended ones first, then by name.
+    """The runs in `folder`: itself, or each direct subfolder with a summary, undefended first, then by name.
 
     Raises RunError where there is no finished run, or a file of one is missing or damaged.
     """
@@ -317,10 +317,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def strip_png(results: Sequence[RunResults]) -> bytes:
-    """The strips as one PNG with row labels, for a README; same results, same bytes (with the same Pillow).
-
-    Raises RunError where no run has both an audit and pictures of its records.
-    """
+    """The strips as one PNG with row labels; the same bytes each time. RunError where no run has audited pictures."""
     shown = [strip for strip in strips(results) if strip[0].records.ndim == 4]
     if not shown:
         raise RunError("no strip to draw: no run has an audit and pictures of its records")
@@ -356,12 +353,14 @@ def number(value: float, digits: int = 2) -> str:
 
 def table(results: Sequence[RunResults]) -> Table:
     """What the command line prints: a line per run."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "defense", "accuracy", "distance corr.²", "peek (95 % interval)", "sent", "received", "time"):
-        shown.add_column(column, justify="left" if column in ("run", "defense") else "right")
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    shown.add_column("run", no_wrap=True)
+    shown.add_column("defense")
+    for figure in ("accuracy", "distance\ncorr.²", "peek\n(95 % interval)", "sent", "received", "time"):
+        shown.add_column(figure, justify="right", no_wrap=True)
     for run in results:
         s, peek = run.summary, run.audit and run.audit.peek
-        interval = f"{number(peek.value)} ({number(peek.low)} to {number(peek.high)})" if peek else "not audited"
+        interval = f"{number(peek.value)} [{number(peek.low)}, {number(peek.high)}]" if peek else "not audited"
         correlation, sent, received = s.distance_correlation, decimal(s.bytes_sent), decimal(s.bytes_received)
         cells = (run.name, s.defense, f"{100 * s.accuracy:.1f} %", number(correlation.squared_unbiased), interval)
         # As Text, brackets in a name are no mark-up.
@@ -379,7 +378,7 @@ def render(results: Sequence[RunResults]) -> str:
     page.filters["png"] = lambda record_CHW: base64.b64encode(_png(picture(record_CHW, longest))).decode()
     charts = (
         chart("Loss", "in training; lower = a closer fit", results, lambda e: e.loss),
-        chart("Accuracy", "share of held-out records", results, lambda e: e.accuracy),
+        chart("Accuracy", "share of test records", results, lambda e: e.accuracy),
         chart("Distance correlation", "squared, unbiased", results, lambda e: e.distance_correlation.squared_unbiased),
     )
     source = resources.files("milkglass").joinpath("report.html.jinja").read_text("utf-8")

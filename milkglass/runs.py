@@ -1,10 +1,10 @@
 """The run folder: recipe, metrics, each party's weights, checkpoints. Files are written beside and renamed.
 
-    recipe.toml            resolved, with the versions of the packages that made the run
-    metrics.jsonl          a line per epoch
-    checkpoint/0007/       the newest complete epoch: a file per party, and progress.json; resume starts here
-    bottom.safetensors     the client's half          top.safetensors   the server's
-    summary.json           written last: a folder that has it is a finished run
+recipe.toml            resolved, with the versions of the packages that made the run
+metrics.jsonl          a line per epoch
+checkpoint/0007/       the newest complete epoch: a file per party, and progress.json; resume starts here
+bottom.safetensors     the client's half          top.safetensors   the server's
+summary.json           written last: a folder that has it is a finished run
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class RunFolder:
             beside.replace(target)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
+            raise RunError(
+                f"cannot write {target}: {error.strerror or error}; what was written before is whole"
+            ) from None
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""

@@ -18,7 +18,6 @@ from milkglass.messages import Direction, Message
 Exposure = Literal["fresh", "repeated", "trained-on"]
 
 
-
 @dataclass(frozen=True)
 class Crossing:
     """One message on its way: which way it went, what it was, and how many bytes it took on the wire."""

@@ -110,7 +110,7 @@ def test_forged_frames_raise() -> None:
 def test_a_huge_shape_is_refused_before_memory_is_taken() -> None:
     frame = encode(Message("activations", "c", 3, {"z": torch.zeros(1, 1, 1)}))
     huge = _forge(frame, 37, struct.pack("<QQQ", 2**39, 2**39, 0))
-    with pytest.raises(MessageError, match="behind its last tensor|longer than the frame"):
+    with pytest.raises(MessageError, match=r"longer than the frame"):
         decode(huge)
 
 

@@ -87,6 +87,9 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_rehearsal_keys_differ_by_party_and_seed() -> None:
-    draws = [source.gaussian((4,), 0) for source in (rehearsal_source(0, "a"), rehearsal_source(0, "b"), rehearsal_source(1, "a"))]
+    draws = [
+        source.gaussian((4,), 0)
+        for source in (rehearsal_source(0, "a"), rehearsal_source(0, "b"), rehearsal_source(1, "a"))
+    ]
     assert not torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

@@ -6,8 +6,9 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,15 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 from sklearn.datasets import load_digits
 
 from milkglass.errors import RunError
 from milkglass.report import number, read_results, render, strip_png, strips, table, ticks, write_report
 from tests.browser import chromium
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
 SHOWN = 8
@@ -78,7 +83,7 @@ def make_run(
         "defense": defense,
         "keys": "derived from the seed: a rehearsal",
         "wire": wire,
-        "records": {"train": 897, "auxiliary": 400, "validation": 200, "test": 300},
+        "records": {"train": {"hospital-a": 897}, "auxiliary": 400, "validation": 200, "test": 300},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     if audit:
@@ -196,18 +201,21 @@ def test_hostile_words_are_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") >= 4  # defense, recipe, attack, kind of message
 
 
+def printed(shown: Table, width: int) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(shown)
+    return file.getvalue()
+
+
 def test_the_table_prints_the_numbers_and_no_markup(demo: Path) -> None:
     make_run(demo / "odd", defense="noise [red]", audit=False)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table(read_results(demo)))
-    assert isinstance(console.file, io.StringIO)
-    lines = console.file.getvalue().splitlines()
-    assert len(lines) == 4
-    assert re.search(
-        r"^undefended +none +95\.7 % +0\.37 +0\.86 \(0\.84 to 0\.87\) +21\.2 MB +20\.2 MB +20\.4 s", lines[1]
-    )
-    assert "noise [red]" in lines[3]
-    assert "not audited" in lines[3]
+    wide, narrow = (printed(table(read_results(demo)), width).splitlines() for width in (200, 80))
+    assert len(wide) == 2 + 3
+    figures = r"95\.7 % +0\.37 +0\.86 \[0\.84, 0\.87\] +21\.2 MB +20\.2 MB +20\.4 s"
+    assert re.search(rf"^undefended +none +{figures}", wide[2])
+    assert "noise [red]" in wide[4]
+    assert "not audited" in wide[4]
+    assert any(re.search(figures, line) for line in narrow)  # on a small terminal only words are wrapped
 
 
 def test_the_strip_stacks_records_reconstructions_and_the_baseline(demo: Path) -> None:
@@ -347,31 +355,37 @@ PIXELS = """() => Promise.all([...document.images].map(async image => {
 UNTOLD = (
     """() => [...document.querySelectorAll("img, svg")].filter(e => !(e.alt || e.getAttribute("aria-label"))).length"""
 )
+INJECT = """() => document.body.append(Object.assign(document.createElement("script"), {text: "window.owned = 1"}))"""
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
 @pytest.mark.browser
-def test_the_page_in_a_real_browser(demo: Path) -> None:
+def test_the_page_in_a_real_browser(demo: Path, browser: Browser) -> None:
     path = write_report(demo)
     assert path.stat().st_size < 3_000_000
     requests: list[str] = []
     console: list[str] = []
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: console.append(message.text))
-        page.on("pageerror", lambda error: console.append(str(error)))
-        page.goto(path.as_uri())
-        pictures = page.evaluate(PIXELS)
-        ARTIFACTS.mkdir(exist_ok=True)
-        page.screenshot(path=ARTIFACTS / "report.png", full_page=True)
-        assert page.evaluate(UNTOLD) == 0
-        assert page.locator("svg[role=img]").count() == 2 + 3  # a gauge a run, and three charts
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            for width in (390, 800, 1280):
-                page.set_viewport_size({"width": width, "height": 844})
-                assert page.evaluate(OVERFLOW) <= 0, (scheme, width)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: console.append(message.text))
+    page.on("pageerror", lambda error: console.append(str(error)))
+    page.goto(path.as_uri())
+    pictures = page.evaluate(PIXELS)
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "report.png", full_page=True)
+    assert page.evaluate(UNTOLD) == 0
+    assert page.locator("svg[role=img]").count() == 2 + 3  # a gauge a run, and three charts
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for width in (390, 800, 1280):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate(OVERFLOW) <= 0, (scheme, width)
     assert len(pictures) == 4 * SHOWN
     assert all(width == 8 and colors > 2 and alt for width, colors, alt in pictures)
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
@@ -379,10 +393,11 @@ def test_the_page_in_a_real_browser(demo: Path) -> None:
 
 
 @pytest.mark.browser
-def test_a_hostile_page_runs_nothing(tmp_path: Path) -> None:
+def test_a_hostile_page_runs_nothing(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", defense=HOSTILE)
-    with chromium() as browser:
-        page = browser.new_page()
-        page.goto(write_report(run).as_uri())
-        assert page.title() == "milkglass: run"
-        assert page.evaluate("() => document.scripts.length") == 0
+    page = browser.new_page()
+    page.goto(write_report(run).as_uri())
+    assert page.title() == "milkglass: run"
+    assert page.evaluate("() => document.scripts.length") == 0
+    page.evaluate(INJECT)  # even a script that got into the page is refused by its policy
+    assert page.evaluate("() => window.owned") is None

@@ -23,11 +23,15 @@ class Reconstruction:
 
 
 class Attack(ABC):
-    """A method of rebuilding records from a view. Subclasses are final; each states its adversary and knowledge."""
+    """A method of rebuilding records from a view. Subclasses are final; each states its adversary and knowledge.
+
+    learned: trained step by step, so it may stop too early; an audit compares it with ridge regression.
+    """
 
     name: ClassVar[str]
-    adversary: ClassVar[Adversary]
-    knows: ClassVar[tuple[str, ...]]
+    adversary: ClassVar[Adversary] = "honest-but-curious"
+    knows: ClassVar[tuple[str, ...]] = ("pairs",)
+    learned: ClassVar[bool] = False
 
     @abstractmethod
     def attack(self, view: View) -> Reconstruction:

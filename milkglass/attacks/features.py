@@ -1,21 +1,29 @@
 """A view as matrices: what every decoder of this folder regresses records on.
 
-Legend: N pairs, T targets, F features, A activation values a record, E entitled values a record, P values a record.
+Legend: N pairs, T targets, F features, E entitled values a record, P values a record.
 
-Features are [activations | entitled]. Each block is centered per coordinate and divided by *one* number, its root mean
-square over all known pairs: dividing every coordinate by its own spread lets a nearly dead one, that jumps on a new
-record, throw the reconstruction far away, and a weak attack then passes for a strong defense. For the same reason a
+Features are [activations | entitled]. Each block is centered per coordinate and divided by *one* number, the root mean
+square of its known rows' norms. Dividing every coordinate by its own spread lets a nearly dead one, that jumps on a
+new record, throw the reconstruction far away, and a weak attack then passes for a strong defense. For the same reason a
 coordinate that leaves the range it has in the known pairs is held within one such range beyond it.
+
+Entitled values that are probabilities come with their logarithms, for attack and entitled baseline alike. They tell
+much more: on Fashion-MNIST the entitled-only error of kernel ridge regression went from 0.042 to 0.026. Without them
+an attack would look good for reading out of the activations what the answer says already.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from milkglass.transcript import View
+
+SMALLEST_PROBABILITY: Final = 1e-6
+"""Probabilities are held above this before the logarithm."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,20 @@ class Features:
 
 
 def features(view: View) -> Features:
-    """The view's activations and entitled values, flattened, scaled block by block and joined."""
-    known, validation, target = view.known, view.validation, view.target
-    seen = _block(known.activations, validation.activations, target.activations)
-    entitled = _block(known.entitled, validation.entitled, target.entitled)
-    return Features(*(torch.cat(blocks, dim=1) for blocks in zip(seen, entitled, strict=True)))
+    """The view's activations and entitled values, flattened, scaled block by block and joined; F is at least 1."""
+    rows = (view.known, view.validation, view.target)
+    entitled = [flat(part.entitled) for part in rows]
+    blocks = [[flat(part.activations) for part in rows], entitled]
+    if _are_probabilities(entitled[0]):
+        blocks.append([part_NE.clamp_min(SMALLEST_PROBABILITY).log() for part_NE in entitled])
+    if not any(block[0].numel() for block in blocks):  # a party that saw nothing: one coordinate that never moves
+        blocks = [[torch.zeros(len(part), 1, dtype=torch.float64) for part in rows]]
+    return Features(*(torch.cat(parts, dim=1) for parts in zip(*map(_scaled, blocks), strict=True)))
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """(N, ...) -> (N, P) in float64."""
-    return tensor.reshape(len(tensor), -1).to(torch.float64) if tensor.numel() else tensor.new_zeros(len(tensor), 0).to(torch.float64)
+    """(N, ...) -> (N, P) in float64; P may be 0."""
+    return tensor.flatten(1).to(torch.float64) if tensor.ndim > 1 else tensor[:, None].to(torch.float64)
 
 
 def as_records(values_TP: Tensor, view: View) -> Tensor:
@@ -46,17 +58,23 @@ def as_records(values_TP: Tensor, view: View) -> Tensor:
     The range is that of all values of all known records: [0, 1] for pictures. Attack and entitled baseline alike.
     """
     records = view.known.records
-    held = values_TP.to(records.dtype).clamp(records.min(), records.max())
-    return held.reshape(len(held), *records.shape[1:])
+    held_TP = values_TP.clamp(records.min().item(), records.max().item()).to(records.dtype)
+    return held_TP.reshape(len(held_TP), *records.shape[1:])
 
 
-def _block(known: Tensor, *others: Tensor) -> list[Tensor]:
-    known_NF = flat(known)
+def _are_probabilities(entitled_NE: Tensor) -> bool:
+    if entitled_NE.shape[1] < 2 or bool((entitled_NE < 0).any()):
+        return False
+    sums_N = entitled_NE.sum(1)
+    return bool(torch.allclose(sums_N, torch.ones_like(sums_N), atol=1e-3))
+
+
+def _scaled(parts: list[Tensor]) -> list[Tensor]:
+    known_NF = parts[0]
+    if not known_NF.shape[1]:
+        return parts
     low_F, high_F, mean_F = known_NF.amin(0), known_NF.amax(0), known_NF.mean(0)
     width_F = high_F - low_F
-    spread = float((known_NF - mean_F).square().mean().sqrt()) if known_NF.numel() else 0.0
-    scale = spread if spread > 0.0 else 1.0
-    return [
-        (flat(rows).clamp(low_F - width_F, high_F + width_F) - mean_F) / scale
-        for rows in (known, *others)
-    ]
+    norm = (known_NF - mean_F).square().sum(1).mean().sqrt().item()
+    scale = norm if norm > 0.0 else 1.0
+    return [(part.clamp(low_F - width_F, high_F + width_F) - mean_F) / scale for part in parts]

@@ -1,4 +1,4 @@
-"""Fixed Gaussian noise on what leaves the client (the Gaussian mechanism, Dwork and Roth 2014, without its calibration).
+"""Fixed Gaussian noise on what leaves the client: the Gaussian mechanism (Dwork and Roth 2014) without its calibration.
 
 By itself it promises nothing: the activations' norm is not bounded here, so training may grow it until the noise is
 small beside it. The server never sees the numbers drawn: they come from the client's private key.

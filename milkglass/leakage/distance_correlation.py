@@ -47,7 +47,7 @@ def distance_correlation_sqr(x: Tensor, z: Tensor) -> Tensor:
 
 
 def distance_correlation(x: Tensor, z: Tensor) -> Tensor:
-    """Distance correlation, biased (V-statistic), 0 to 1: what NoPeek's authors minimize. 0 where x or z is constant."""
+    """Distance correlation, biased (V-statistic), 0 to 1: what NoPeek minimizes. 0 where x or z is constant."""
     return _root(distance_correlation_sqr(x, z))
 
 
@@ -157,7 +157,8 @@ class Sums:
     def variances(self, *, unbiased: bool) -> tuple[float, float]:
         """Squared distance variances of x and of z; exactly 0 where all that is left is rounding."""
         variances = (
-            _covariance_sqr(inner, side, side, unbiased=unbiased) for inner, side in ((self.xx, self.x), (self.zz, self.z))
+            _covariance_sqr(inner, side, side, unbiased=unbiased)
+            for inner, side in ((self.xx, self.x), (self.zz, self.z))
         )
         x, z = (
             value if value > (_ROUNDING * self.epsilon * side.shift) ** 2 else 0.0
@@ -280,10 +281,10 @@ def _laplacian_(
     """Make of a_NN, in place, the Laplacian of W = 2 (p A - q B) / b, where b > 0; b_NN is used up."""
     t_x_N, k_x = sums.x.centering(unbiased=unbiased)
     t_z_N, k_z = sums.z.centering(unbiased=unbiased)
-    constant = by_a * k_x - by_b * (k_z - sums.z.shift)
-    by_row_N = (constant - 2 * (by_a * t_x_N - by_b * t_z_N)).to(a_NN.dtype)
-    torch.add(by_row_N, a_NN, alpha=2 * by_a, out=a_NN)
-    a_NN.add_(b_NN, alpha=-2 * by_b).add_(by_row_N[:, None])
+    by_row_N = (by_a * k_x - by_b * k_z - 2 * (by_a * t_x_N - by_b * t_z_N)).to(a_NN.dtype)
+    torch.add(by_row_N, a_NN, alpha=2 * by_a, out=a_NN).add_(by_row_N[:, None])
+    if by_b != 0:
+        a_NN.add_(b_NN - sums.z.shift, alpha=-2 * by_b)
     b_NN.fill_diagonal_(torch.inf)  # where rows touch, the weight is to be 0
     rows_P, columns_P = near.rows_P[near.distances_P == 0], near.columns_P[near.distances_P == 0]
     if len(rows_P):
@@ -296,7 +297,7 @@ def _statistic(x: Tensor, z: Tensor, *, unbiased: bool, normalized: bool) -> Ten
     if x.requires_grad and torch.is_grad_enabled():
         raise DataError("distance correlation: the records need no gradient; pass x.detach()")
     x_ND, z_NE = tables(x, z)
-    value: Tensor = _Statistic.apply(x_ND, z_NE, unbiased, normalized)  # type: ignore[no-untyped-call]
+    value: Tensor = _Statistic.apply(x_ND, z_NE, unbiased, normalized)
     return value
 
 

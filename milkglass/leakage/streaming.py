@@ -31,7 +31,7 @@ class StreamedDistanceCorrelation:
     n: int
 
 
-def streaming_distance_correlation(x: Tensor, z: Tensor, *, block_rows: int = 2048) -> StreamedDistanceCorrelation:
+def streaming_distance_correlation(x: Tensor, z: Tensor, *, block_rows: int = 1024) -> StreamedDistanceCorrelation:
     """Both estimates over records x (n, ...) and activations z (n, ...), in O(n x block_rows) memory at most."""
     if block_rows < 1:
         raise DataError(f"streaming distance correlation: block_rows is {block_rows}; at least 1 is needed")

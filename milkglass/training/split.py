@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from milkglass.cuts import check_stages, cut, flops_per_sample
 from milkglass.data import Deal, deal, load
@@ -26,7 +26,7 @@ from milkglass.errors import DataError
 from milkglass.networks import build
 from milkglass.parties import Client, Server, StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
-from milkglass.recipe import Recipe
+from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
 from milkglass.runs import Checkpoint, RunFolder
 from milkglass.training.evaluate import Evaluation, evaluate
 from milkglass.transports.base import Flow, Transport
@@ -128,6 +128,7 @@ def set_up(
     name = recipe.parties.clients[0]
     private = private or rehearsal_source(recipe.seed, name)
     records = records or deal_records(recipe)
+    _check_batches(recipe, len(records.train[name]))
     bottom, top = stages(recipe, records, private)
     server = Server(
         top,
@@ -136,9 +137,7 @@ def set_up(
         source=rehearsal_source(recipe.seed, recipe.parties.server),
     )
     transport = wrap(LocalTransport(server))
-    client = Client(
-        bottom, _optimizer(recipe, bottom), transport, defenses=defenses(recipe), name=name, source=private
-    )
+    client = Client(bottom, _optimizer(recipe, bottom), transport, defenses=defenses(recipe), name=name, source=private)
     return Setup(recipe, records, client, server, transport)
 
 
@@ -147,11 +146,9 @@ def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> t
     client, training = setup.client, setup.recipe.training
     records = setup.records.train[client.name]
     order = torch.randperm(len(records), generator=client.source.generator("order", epoch))
-    batches = list(_batches(order, training.batch_size, training.drop_last_batch, smallest(setup.recipe)))
-    if not batches:
-        raise DataError(
-            f"{len(records)} training records make no batch of {training.batch_size}; lower training.batch_size"
-        )
+    batches = list(torch.split(order, training.batch_size))
+    if training.drop_last_batch and len(batches[-1]) < training.batch_size:
+        batches.pop()
     loss = accuracy = 0.0
     for step, rows in enumerate(batches, start=1):
         result = client.step(records.x[rows], records.y[rows])
@@ -245,11 +242,6 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
     }
 
 
-def smallest(recipe: Recipe) -> int:
-    """The smallest batch that the recipe's penalties can be computed on."""
-    return 4 if recipe.defense.nopeek is not None else 1
-
-
 @contextmanager
 def computing_with(threads: int) -> Iterator[None]:
     """Inside, torch computes with so many threads: the sum's order, and so its last bits, depend on it."""
@@ -261,15 +253,17 @@ def computing_with(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _batches(order: Tensor, size: int, drop_last: bool, smallest: int) -> Iterator[Tensor]:
-    for rows in order.split(size):
-        if len(rows) == size or not drop_last:
-            if len(rows) < smallest:
-                raise DataError(
-                    f"the last batch has {len(rows)} records; NoPeek's penalty needs at least {smallest}: "
-                    "set training.drop_last_batch = true, or another batch_size"
-                )
-            yield rows
+def _check_batches(recipe: Recipe, records: int) -> None:
+    """Refuse what would fail on the way: no batch at all, or a last one too short for a penalty."""
+    size, rest = recipe.training.batch_size, records % recipe.training.batch_size
+    if recipe.training.drop_last_batch:
+        if records < size:
+            raise DataError(f"{records} training records make no batch of {size}; lower training.batch_size")
+    elif recipe.defense.nopeek is not None and 0 < rest < SMALLEST_PENALIZED_BATCH:
+        raise DataError(
+            f"the last batch has {rest} records; NoPeek's penalty needs at least {SMALLEST_PENALIZED_BATCH}: "
+            "set training.drop_last_batch = true, or another batch_size"
+        )
 
 
 def _optimizer(recipe: Recipe, stage: nn.Module) -> torch.optim.Optimizer | None:

@@ -101,15 +101,17 @@ def _assert_same_bits(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("defense", DEFENSES)
 @pytest.mark.parametrize(("network", "settings", "at"), CUTS, ids=lambda value: value if isinstance(value, str) else "")
-def test_split_equals_unsplit(
-    network: str, settings: dict[str, object], at: str, defense: str, optimizer: str
-) -> None:
+def test_split_equals_unsplit(network: str, settings: dict[str, object], at: str, defense: str, optimizer: str) -> None:
     model = build(network, (1, 8, 8), CLASSES, settings, public_source(0).generator("weights"))
     _assert_same_bits(*cut(model, at), OPTIMIZERS[optimizer], DEFENSES[defense])
 
 
 def test_every_reference_cut_is_in_the_table() -> None:
-    for network, settings in (("mlp", {"hidden": (24, 16)}), ("cnn", {"width": 8}), ("resnet", {"depth": 8, "width": 8})):
+    for network, settings in (
+        ("mlp", {"hidden": (24, 16)}),
+        ("cnn", {"width": 8}),
+        ("resnet", {"depth": 8, "width": 8}),
+    ):
         model = build(network, (1, 8, 8), CLASSES, settings, public_source(0).generator("weights"))
         names = [name for name, _ in model.named_children()][:-1]
         tested = [at for other, _, at in CUTS if other == network]

@@ -1,0 +1,30 @@
+from . import audit as audit
+from .audit import Audit as Audit
+from .cuts import Stages as Stages
+from .cuts import cut as cut
+from .defenses.nopeek import NoPeek as NoPeek
+from .defenses.noise import Noise as Noise
+from .errors import MilkglassError as MilkglassError
+from .leakage.distance_correlation import distance_correlation as distance_correlation
+from .leakage.distance_correlation import distance_correlation_sqr as distance_correlation_sqr
+from .leakage.distance_correlation import distance_covariance as distance_covariance
+from .leakage.distance_correlation import distance_covariance_sqr as distance_covariance_sqr
+from .leakage.distance_correlation import linear_distance_correlation as linear_distance_correlation
+from .leakage.distance_correlation import permutation_floor as permutation_floor
+from .leakage.distance_correlation import u_distance_correlation_sqr as u_distance_correlation_sqr
+from .leakage.distance_correlation import u_distance_covariance_sqr as u_distance_covariance_sqr
+from .messages import Message as Message
+from .parties import Client as Client
+from .parties import Server as Server
+from .recipe import Recipe as Recipe
+from .recipe import load_recipe as load_recipe
+from .training.split import train as train
+from .transcript import Pairs as Pairs
+from .transcript import Release as Release
+from .transcript import Transcript as Transcript
+from .transcript import Trial as Trial
+from .transcript import View as View
+from .transports.local import LocalTransport as LocalTransport
+from .transports.wrappers import RecordingTransport as RecordingTransport
+
+__all__: list[str]

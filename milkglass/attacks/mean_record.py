@@ -1,0 +1,28 @@
+"""The attack that does nothing: every record is guessed to be the mean of the known ones."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar, final
+
+from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.transcript import View
+
+
+@final
+class MeanRecord(Attack):
+    """Guess the mean of the known records, whatever was sent. All other attacks are measured against knowing nothing."""
+
+    name: ClassVar[str] = "mean record"
+    knows: ClassVar[tuple[str, ...]] = ("records",)
+
+    def __repr__(self) -> str:
+        return "MeanRecord()"
+
+    def attack(self, view: View) -> Reconstruction:
+        """The mean record for every validation and target row."""
+        start = time.perf_counter()
+        mean = view.known.records.mean(0)
+        validation = mean.expand(len(view.validation), *mean.shape).clone()
+        target = mean.expand(len(view.target), *mean.shape).clone()
+        return Reconstruction(validation, target, time.perf_counter() - start)

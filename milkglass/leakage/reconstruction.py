@@ -1,0 +1,108 @@
+"""How much of a record is in a reconstruction of it: errors, PSNR, SSIM, matching, and peek with its interval.
+
+Legend: N records, T test records, R resamples, C channels, H height, W width; trailing `...` is any shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from milkglass.errors import AuditError
+
+RESAMPLES: Final = 2000
+MATCH_AMONG: Final = 1000
+BEST_PSNR_DB: Final = 120.0
+_RESAMPLES_AT_ONCE: Final = 4_000_000  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class Peek:
+    """1 - error_attack / error_entitled with its 95 % bootstrap interval over test records; higher = more leaks.
+
+    1 = the raw record, 0 = nothing beyond what the receiver is entitled to.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As in audit.json."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def squared_errors(reconstructions: Tensor, records: Tensor) -> Tensor:
+    """Mean squared error of each record: (N, ...), (N, ...) -> (N,), float64. Lower = better rebuilt."""
+    if reconstructions.shape != records.shape:
+        raise AuditError(
+            f"reconstructions of shape {tuple(reconstructions.shape)}; expected {tuple(records.shape)}, as the records"
+        )
+    return (reconstructions.to(torch.float64) - records.to(torch.float64)).flatten(1).square().mean(1)
+
+
+def peek(
+    attack_errors_T: Tensor, entitled_errors_T: Tensor, generator: torch.Generator, resamples: int = RESAMPLES
+) -> Peek:
+    """Peek from the same test records' errors under the attack and under the entitled baseline.
+
+    The interval is the 2.5 % and 97.5 % quantile of peek over resampled test records, both errors of a record drawn
+    together (Efron and Tibshirani 1993, section 13.3). It holds for the fitted attacks: that they were fitted on these
+    known pairs and not on others is not in it.
+    """
+    if attack_errors_T.shape != entitled_errors_T.shape or attack_errors_T.ndim != 1 or not len(attack_errors_T):
+        raise AuditError(
+            f"peek: errors of shapes {tuple(attack_errors_T.shape)} and {tuple(entitled_errors_T.shape)}; "
+            "expected one of each for every test record"
+        )
+    attack_T, entitled_T = attack_errors_T.to(torch.float64), entitled_errors_T.to(torch.float64)
+    if entitled_T.mean() < 1e-12:
+        raise AuditError("peek: the entitled values alone rebuild the records exactly; nothing is left to protect")
+    count = len(attack_T)
+    ratios = []
+    for done in range(0, resamples, step := max(1, _RESAMPLES_AT_ONCE // count)):
+        rows_RT = torch.randint(count, (min(step, resamples - done), count), generator=generator)
+        # a resample of records that the entitled baseline rebuilds exactly has no ratio of its own
+        ratios.append(attack_T[rows_RT].mean(1) / entitled_T[rows_RT].mean(1).clamp_min(1e-12))
+    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(1 - torch.cat(ratios), levels).tolist()
+    return Peek(1 - (attack_T.mean() / entitled_T.mean()).item(), low, high)
+
+
+def psnr_db(mean_squared_error: float, value_range: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in decibels of all test records together, at most 120. Higher = better rebuilt."""
+    if mean_squared_error <= 0.0:
+        return BEST_PSNR_DB
+    return min(BEST_PSNR_DB, 10 * math.log10(value_range**2 / mean_squared_error))
+
+
+def ssim(reconstructions: Tensor, records: Tensor) -> float | None:
+    """Mean structural similarity (Wang et al. 2004) of pictures (N, C, H, W) in [0, 1]; 1 = the same picture.
+
+    The usual Gaussian window (11 pixels, sigma 1.5); pictures narrower or lower than 16 pixels, such as the 8 x 8
+    digits, take one of 7 pixels (sigma 0.8). None for flat records and for pictures below 8 pixels.
+    """
+    if records.ndim != 4 or min(records.shape[2:]) < 8:
+        return None
+    sigma = 1.5 if min(records.shape[2:]) >= 16 else 0.8
+    value = structural_similarity_index_measure(
+        reconstructions.to(torch.float64), records.to(torch.float64), sigma=sigma, data_range=1.0
+    )
+    assert isinstance(value, Tensor)
+    return value.item()
+
+
+def match_top1(reconstructions: Tensor, records: Tensor) -> float:
+    """Share (0..1) of reconstructions whose nearest record, of the first 1,000, is the right one. Chance = 1 / that.
+
+    Euclidean distance. Higher = the attacker tells more reliably whose record it is.
+    """
+    x_NP = records[:MATCH_AMONG].flatten(1).to(torch.float64)
+    guess_NP = reconstructions[:MATCH_AMONG].flatten(1).to(torch.float64)
+    distances_NN = x_NP.square().sum(1) - 2 * guess_NP @ x_NP.T  # of each guess to every record, up to a constant
+    return (distances_NN.diagonal() <= distances_NN.amin(1)).to(torch.float64).mean().item()

@@ -1,0 +1,488 @@
+"""Loading, dealing, and every kind of bad data file: one clear line.
+
+Legend: N records, C channels, H height, W width, F columns.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.preprocessing import StandardScaler
+
+from milkglass.data import MINIMUM_PART, Deal, RawRecords, Records, deal, load
+from milkglass.errors import DataError, MissingExtraError
+from milkglass.randomness import public_source
+from milkglass.records import RawPictures, RawTable
+
+Array = NDArray[Any]
+SHARES: dict[str, Any] = {"auxiliary_share": 0.2, "validation_share": 0.1, "test_share": 0.2}
+
+
+def pictures(count: int, size: int = 4, channels: int = 1) -> Array:
+    """Pictures (N, H, W, C) uint8 whose first pixel counts the records: no two are equal."""
+    x_NHWC = np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+    x_NHWC[:, 0, 0, 0] = np.arange(count) % 256
+    x_NHWC[:, 0, 1, 0] = np.arange(count) // 256
+    return x_NHWC
+
+
+def some_labels(count: int) -> Array:
+    return np.arange(count) % 3
+
+
+def npz(path: Path, **arrays: Array) -> Path:
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def png(pixels: Array) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def class_folder(root: Path, x_NHWC: Array, labels: Array) -> Path:
+    for index, (pixels, label) in enumerate(zip(x_NHWC, labels, strict=True)):
+        folder = root / f"class-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:04}.png").write_bytes(png(pixels.squeeze()))
+    return root
+
+
+def parquet(path: Path, x_NHWC: Array, labels: Array) -> Path:
+    rows = [{"bytes": png(pixels.squeeze()), "path": None} for pixels in x_NHWC]
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows, "label": labels}), path)
+    return path
+
+
+def dealt(pool: RawRecords, test_file: RawRecords | None = None, seed: int = 0, **changes: Any) -> Deal:
+    settings: dict[str, Any] = {"clients": ["a"], "train_records": None, "test_records": None, **SHARES, **changes}
+    return deal(pool, test_file, source=public_source(seed), **settings)
+
+
+def parts(result: Deal) -> dict[str, tuple[Records, torch.Tensor]]:
+    """Every set with its record numbers."""
+    return {
+        **{f"train {name}": (records, result.train_indices[name]) for name, records in result.train.items()},
+        "auxiliary": (result.auxiliary, result.auxiliary_indices),
+        "validation": (result.validation, result.validation_indices),
+        "test": (result.test, result.test_indices),
+    }
+
+
+# Reading: whatever the source, the same pictures come out.
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("form", ["npz", "npz float", "parquet", "parquet folder", "image folder", "hub"])
+def test_every_source_gives_the_pixels_that_were_stored(
+    form: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x_NHWC, labels = pictures(12, 4, channels), some_labels(12)
+    if form == "hub":
+        stored = datasets.Dataset.from_dict(
+            {"img": [Image.fromarray(x.squeeze()) for x in x_NHWC], "label": labels.tolist()},
+            features=datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])}),
+        )
+        asked: list[tuple[str, str]] = []
+
+        def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+            asked.append((name, split))
+            return stored
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        raw = load(hub="owner/name", split="test")
+        assert asked == [("owner/name", "test")]
+    elif form == "npz":
+        raw = load(path=npz(tmp_path / "x.npz", images=x_NHWC, labels=labels))
+    elif form == "npz float":
+        raw = load(path=npz(tmp_path / "x.npz", images=x_NHWC.astype(">f8") / 255, labels=labels.astype(np.uint8)))
+    elif form == "image folder":
+        raw = load(path=class_folder(tmp_path, x_NHWC, labels))
+        order = np.argsort(labels, kind="stable")
+        x_NHWC, labels = x_NHWC[order], labels[order]
+    else:
+        parquet(tmp_path / "a.parquet", x_NHWC[:7], labels[:7])
+        parquet(tmp_path / "b.parquet", x_NHWC[7:], labels[7:])
+        raw = load(path=tmp_path if form == "parquet folder" else parquet(tmp_path / "c.parquet", x_NHWC, labels))
+    chosen = torch.tensor([11, 0, 5, 5])
+    records = raw.take(chosen)
+    assert len(raw) == 12
+    assert raw.record_shape == (channels, 4, 4)
+    assert records.x.dtype == torch.float32
+    torch.testing.assert_close(
+        records.x, torch.from_numpy(x_NHWC[chosen].transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    )
+    assert records.y.tolist() == labels[chosen].tolist()
+
+
+def test_the_embedded_digits_are_scikit_learns() -> None:
+    raw = load(name="digits")
+    records = raw.take(torch.arange(len(raw)))
+    assert records.x.shape == (1797, 1, 8, 8)
+    assert records.y.tolist() == load_digits().target.tolist()
+    assert torch.equal(records.x[:, 0] * 16, torch.from_numpy(load_digits().images).float())
+
+
+def test_grey_pictures_without_a_channel_axis(tmp_path: Path) -> None:
+    assert load(path=npz(tmp_path / "x.npz", images=pictures(9)[..., 0], labels=some_labels(9))).record_shape == (
+        1,
+        4,
+        4,
+    )
+
+
+def test_a_parquet_folder_is_read_by_split(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-00000-of-00001.parquet", pictures(9), some_labels(9))
+    parquet(tmp_path / "test-00000-of-00001.parquet", pictures(6), some_labels(6))
+    assert (len(load(path=tmp_path)), len(load(path=tmp_path, split="test"))) == (9, 6)
+    with pytest.raises(DataError, match=r"no file named valid-\*\.parquet .* holds: test-0"):
+        load(path=tmp_path, split="valid")
+
+
+def test_only_dealt_pictures_are_decoded() -> None:
+    decoded: list[int] = []
+
+    def read(indices: Array) -> Array:
+        decoded.extend(indices.tolist())
+        return np.zeros((len(indices), 2, 2, 1), np.uint8)
+
+    raw = RawPictures("many", some_labels(1_000_000), 3, read, (2, 2, 1))
+    shares: dict[str, Any] = {"auxiliary_share": 1e-4, "validation_share": 1e-4, "test_share": 1e-4}
+    assert len(dealt(raw, train_records=50, **shares).train["a"]) == 50
+    assert len(decoded) == 350
+
+
+def test_what_needs_an_extra_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    sources: list[dict[str, Any]] = [
+        {"hub": "owner/name"},
+        {"path": parquet(tmp_path / "a.parquet", pictures(3), some_labels(3))},
+    ]
+    for source in sources:
+        with pytest.raises(MissingExtraError, match=r"pip install 'milkglass\[data\]'"):
+            load(**source)
+
+
+# Tables.
+
+
+def test_tables_are_standardized_with_the_training_part_alone(tmp_path: Path) -> None:
+    numeric = np.random.default_rng(1).normal([5, -3], [1e6, 0.1], (200, 2)).astype(np.float32)
+    numeric = np.column_stack([numeric, np.full(200, 7.0)])
+    categorical = np.random.default_rng(2).integers(0, [4, 2], (200, 2)).astype(np.int16)
+    raw = load(path=npz(tmp_path / "x.npz", numeric=numeric, categorical=categorical, labels=some_labels(200)))
+    test_categorical = np.column_stack([np.full(20, 5), np.zeros(20, int)])  # code 5 is in the test file only
+    test = load(
+        path=npz(tmp_path / "t.npz", numeric=numeric[:20], categorical=test_categorical, labels=some_labels(20))
+    )
+    result = dealt(raw, test, clients=["a", "b"], train_records=80)
+    assert result.record_shape == (3 + 6 + 2,)
+    train = torch.cat(list(result.train_indices.values())).numpy()
+    assert len(train) == 80
+    scaler = StandardScaler().fit(numeric[train])
+    for pool, codes, (records, indices) in [
+        (numeric, categorical, parts(result)["train b"]),
+        (numeric, categorical, parts(result)["validation"]),
+        (numeric[:20], test_categorical, parts(result)["test"]),
+    ]:
+        hot = np.concatenate([np.eye(6)[codes[indices, 0]], np.eye(2)[codes[indices, 1]]], axis=1)
+        expected = np.concatenate([scaler.transform(pool[indices]), hot], axis=1)
+        torch.testing.assert_close(records.x, torch.from_numpy(expected.astype(np.float32)), rtol=1e-5, atol=1e-5)
+    assert (records.x[:, 2] == 0).all(), "a constant column stays finite"
+
+
+def test_tables_of_bytes_and_of_parquet_columns(tmp_path: Path) -> None:
+    features = np.random.default_rng(3).integers(0, 101, (90, 5), dtype=np.uint8)
+    raw = load(path=npz(tmp_path / "x.npz", features=features, labels=some_labels(90)))
+    columns = {f"column {f}": features[:, f] for f in range(5)} | {"label": some_labels(90)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    same = load(path=tmp_path / "x.parquet")
+    assert isinstance(raw, RawTable)
+    assert torch.equal(dealt(raw).train["a"].x, dealt(same).train["a"].x)
+
+
+# Dealing.
+
+
+@pytest.mark.parametrize("clients", [["a"], ["a", "b", "c"]])
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_sets_are_disjoint_and_hold_the_records_of_their_numbers(
+    clients: list[str], separate: bool, tmp_path: Path
+) -> None:
+    x_NHWC, labels = pictures(600), some_labels(600)
+    raw = load(path=npz(tmp_path / "x.npz", images=x_NHWC, labels=labels))
+    test = load(path=npz(tmp_path / "t.npz", images=255 - x_NHWC, labels=labels)) if separate else None
+    result = dealt(raw, test, clients=clients)
+    assert result.test_is_separate == separate
+    assert result.classes == 3
+    sets = parts(result)
+    for name, (records, indices) in sets.items():
+        pool = 255 - x_NHWC if separate and name == "test" else x_NHWC
+        assert torch.equal(records.x, torch.from_numpy(pool[indices].transpose(0, 3, 1, 2).astype(np.float32) / 255))
+        assert records.y.tolist() == labels[indices].tolist()
+    numbers = torch.cat([indices for name, (_, indices) in sets.items() if not (separate and name == "test")])
+    assert sorted(numbers.tolist()) == list(range(600)), "every record of the pool is in one set, and in one alone"
+    # And by content: no two pictures of the pool are equal, so no set shows one that is in another.
+    seen = [tuple(x.flatten().tolist()) for records, _ in sets.values() for x in records.x]
+    assert len(set(seen)) == len(seen)
+    assert [len(sets[name][0]) for name in ("auxiliary", "validation", "test")] == [120, 60, 600 if separate else 120]
+
+
+def test_the_sets_follow_from_the_seed_and_not_from_the_clients_or_the_cap() -> None:
+    raw = load(name="digits")
+    one, again, other = dealt(raw), dealt(raw), dealt(raw, seed=1)
+    many = dealt(raw, clients=["a", "b", "c"], train_records=300, auxiliary_share=0.3)
+    assert torch.equal(one.train["a"].x, again.train["a"].x)
+    assert not torch.equal(one.train_indices["a"], other.train_indices["a"])
+    assert [len(records) for records in many.train.values()] == [100, 100, 100]
+    for name in ("test_indices", "validation_indices"):
+        assert torch.equal(getattr(one, name), getattr(many, name))
+    three = dealt(raw, clients=["x", "y", "z"])
+    assert torch.equal(torch.cat(list(three.train_indices.values())), one.train_indices["a"])
+
+
+def test_caps_are_at_most() -> None:
+    raw = load(name="digits")
+    assert len(dealt(raw, train_records=10_000).train["a"]) == len(dealt(raw).train["a"])
+    assert len(dealt(raw, replace(raw, where="test"), test_records=50).test) == 50
+    assert len(dealt(raw, test_records=50).test) == 50
+
+
+# Bad input: each is one line that says what, where, and what was expected.
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def bent(path: Path) -> Path:
+    """The same file with some bytes in the middle changed."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 3
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+    return path
+
+
+def images(folder: Path, count: int = 60, **changes: Array) -> Path:
+    return npz(folder / "x.npz", **{"images": pictures(count), "labels": some_labels(count), **changes})
+
+
+def with_value(array: Array, value: float) -> Array:
+    changed = array.astype(np.float32) / 255
+    changed[7, 0, 0] = value
+    return changed
+
+
+def odd_folder(folder: Path, odd: Array, name: str = "odd.png") -> Path:
+    class_folder(folder, pictures(90), some_labels(90))
+    (folder / "class-1" / name).write_bytes(png(odd))
+    return folder
+
+
+def text_file(path: Path) -> Path:
+    path.write_text("hello, world")
+    return path
+
+
+def with_empty_class(folder: Path) -> Path:
+    class_folder(folder, pictures(90), some_labels(90))
+    (folder / "empty").mkdir()
+    return folder
+
+
+def named_file(folder: Path) -> Path:
+    """A parquet file that gives the name of a file instead of a picture."""
+    (folder / "secret.png").write_bytes(png(pictures(1)[0, ..., 0]))
+    rows = [{"bytes": None, "path": str(folder / "secret.png")}]
+    schema = pyarrow.schema(
+        [
+            ("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
+            ("label", pyarrow.int64()),
+        ]
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pydict({"image": rows, "label": [0]}, schema), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda f: images(f).with_name("xx.npz"), r"xx\.npz: no such file; did you mean 'x\.npz'\?"),
+    "missing folder": (lambda f: f / "no" / "x.npz", r"no folder .*no$"),
+    "unknown kind": (lambda f: bent(images(f)).rename(f / "x.csv"), r"expected \.npz, \.parquet, or a folder"),
+    "truncated npz": (lambda f: truncated(images(f)), r"x\.npz: cannot be read, truncated or not an \.npz"),
+    "damaged npz": (lambda f: bent(images(f)), r"x\.npz: cannot be read"),
+    "empty npz": (lambda f: truncated(truncated(npz(f / "x.npz"))), r"x\.npz: cannot be read"),
+    "text npz": (lambda f: text_file(f / "x.npz"), r"x\.npz: cannot be read"),
+    "pickled": (lambda f: images(f, labels=np.array([{}] * 60)), r"pickled Python objects, which are never loaded"),
+    "no labels": (lambda f: npz(f / "x.npz", images=pictures(9), label=some_labels(9)), r"did you mean 'label'\?"),
+    "no records": (lambda f: npz(f / "x.npz", pixels=pictures(9), labels=some_labels(9)), r"it holds: pixels, labels"),
+    "channels first": (lambda f: images(f, images=pictures(60, 8).transpose(0, 3, 1, 2)), r"1 to 4 channels last"),
+    "flat pictures": (lambda f: images(f, images=pictures(60).reshape(60, -1)), r"shape \(60, 16\); expected"),
+    "int pictures": (lambda f: images(f, images=pictures(60).astype(int)), r"images are int64; expected uint8"),
+    "float 0 to 255": (lambda f: images(f, images=with_value(pictures(60), 255)), r"reach from 0 to 255"),
+    "NaN": (lambda f: images(f, images=with_value(pictures(60), np.nan)), r"NaN or infinity, first in record 7"),
+    "infinity": (lambda f: images(f, images=with_value(pictures(60), np.inf)), r"NaN or infinity, first in record 7"),
+    "lengths": (lambda f: images(f, labels=some_labels(59)), r"60 images and 59 labels"),
+    "labels by two": (lambda f: images(f, labels=some_labels(60)[:, None]), r"labels of shape \(60, 1\)"),
+    "float labels": (lambda f: images(f, labels=some_labels(60) / 1), r"labels are float64; expected integers"),
+    "text labels": (lambda f: images(f, labels=some_labels(60).astype(str)), r"labels are <U.*; expected integers"),
+    "negative": (lambda f: images(f, labels=some_labels(60) - 1), r"label -1 of record 0; expected"),
+    "out of range": (lambda f: images(f, labels=some_labels(60) + 1), r"label 3 of record 2 .* 0 to 2 for 3 classes"),
+    "one class": (lambda f: images(f, labels=np.zeros(60, int)), r"all labels are 0; expected at least two classes"),
+    "no rows": (lambda f: images(f, count=0), r"labels of shape \(0,\)"),
+    "table NaN": (
+        lambda f: npz(f / "x.npz", features=np.full((60, 2), np.nan), labels=some_labels(60)),
+        r"NaN or infinity, first in record 0",
+    ),
+    "table shape": (
+        lambda f: npz(f / "x.npz", features=np.ones(60), labels=some_labels(60)),
+        r"shape \(60,\); expected",
+    ),
+    "category codes": (
+        lambda f: npz(
+            f / "x.npz", numeric=np.ones((60, 1)), categorical=-np.eye(60, 2, dtype=int), labels=some_labels(60)
+        ),
+        r"category codes reach from -1 to 0",
+    ),
+    "truncated parquet": (
+        lambda f: truncated(parquet(f / "x.parquet", pictures(60), some_labels(60))),
+        r"x\.parquet: cannot be read, truncated or not parquet",
+    ),
+    "truncated in a folder": (
+        lambda f: truncated(parquet(f / "x.parquet", pictures(60), some_labels(60))).parent,
+        r"cannot be read, truncated or not parquet",
+    ),
+    "file named in parquet": (named_file, r"record 0: holds no picture"),
+    "no label column": (
+        lambda f: parquet(f / "x.parquet", pictures(60), some_labels(60)) and other_columns(f, {"a": [1]}),
+        r"no label column; expected one of label, labels, fine_label among a",
+    ),
+    "text column": (lambda f: other_columns(f, {"a": ["x"], "label": [0]}), r"column 'a' is .*string.*; expected"),
+    "odd size": (lambda f: odd_folder(f, pictures(1, 5)[0, ..., 0]), r"odd\.png: 5 x 5 pixels; expected 4 x 4"),
+    "odd color": (lambda f: odd_folder(f, pictures(1, 4, 3)[0]), r"odd\.png: a color picture, where the first one is"),
+    "16 bits": (lambda f: odd_folder(f, pictures(1)[0, ..., 0].astype(np.uint16)), r"odd\.png: a picture of mode I;16"),
+    "truncated picture": (
+        lambda f: truncated(odd_folder(f, pictures(1)[0, ..., 0]) / "class-1" / "odd.png").parent.parent,
+        r"odd\.png: cannot be read as a PNG or JPEG",
+    ),
+    "class without pictures": (
+        with_empty_class,
+        r"empty: no PNG or JPEG in it",
+    ),
+    "empty folder": (lambda f: f, r"expected a subfolder of pictures per class"),
+}
+
+
+def other_columns(folder: Path, columns: dict[str, list[Any]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+@pytest.mark.parametrize(("make", "line"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_refused_in_one_line(make: Callable[[Path], Path], line: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with pytest.raises(DataError, match=line) as refused:
+        dealt(load(path=path))
+    assert "\n" not in str(refused.value)
+    assert str(path.parent) in str(refused.value), "the line says where"
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ({"name": "digit"}, r"'digit' is not embedded; did you mean 'digits'\?"),
+        ({}, r"nothing given; expected exactly one of name, path, hub"),
+        ({"name": "digits", "hub": "a/b"}, r"name and hub given; expected exactly one"),
+    ],
+)
+def test_a_source_that_is_not_one(source: dict[str, Any], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        load(**source)
+
+
+def test_a_hub_name_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub\nor {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"hub data set 'a/b', split 'train': cannot be loaded .* on the Hub\)$"):
+        load(hub="a/b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"auxiliary_share": 0.5, "validation_share": 0.5},
+            r"digits: 1797 records are too few .* 0 training, expected",
+        ),
+        ({"validation_share": 0.001}, r"2 validation, 359 auxiliary"),
+        ({"clients": [f"c{i}" for i in range(300)]}, r"2 training \(each of 300 clients\), expected at least 8"),
+        ({"train_records": MINIMUM_PART - 1}, r"7 training, expected at least 8"),
+        ({"test_share": 1.5}, r"a share of 1\.5 of the data"),
+        ({"test_share": float("nan")}, r"a share of nan of the data"),
+        ({"clients": []}, r"expected at least one name"),
+        ({"clients": ["a", "a"]}, r"no name twice"),
+    ],
+)
+def test_a_deal_that_cannot_be_made(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        dealt(load(name="digits"), **changes)
+
+
+def test_a_test_file_must_match_the_training_file(tmp_path: Path) -> None:
+    raw = load(path=images(tmp_path))
+    other = load(path=npz(tmp_path / "t.npz", images=pictures(60, 5), labels=some_labels(60)))
+    table = load(path=npz(tmp_path / "t.npz", features=np.ones((60, 2)), labels=some_labels(60)))
+    more = load(path=npz(tmp_path / "t.npz", images=pictures(60), labels=some_labels(60) + 1))
+    with pytest.raises(DataError, match=r"t\.npz holds pictures .*\(1, 5, 5\); expected .*\(1, 4, 4\), as in .*x\.npz"):
+        dealt(raw, other)
+    with pytest.raises(
+        DataError, match=r"t\.npz holds tables of 2 numeric and 0 categorical columns; expected pictures"
+    ):
+        dealt(raw, table)
+    with pytest.raises(DataError, match=r"t\.npz: label 3 of record 2 is out of range; expected 0 to 2"):
+        dealt(raw, more)
+    with pytest.raises(DataError, match=r"as the test data and as the training data"):
+        dealt(raw, load(path=tmp_path / "x.npz"))
+
+
+# The real files.
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "records", "shape", "classes"),
+    [
+        ("fashion-mnist", "npz", 60_000, (1, 28, 28), 10),
+        ("cifar10", "parquet", 50_000, (3, 32, 32), 10),
+        ("adult", "npz", 32_561, (108,), 2),
+        ("pendigits", "npz", 7_494, (16,), 10),
+    ],
+)
+def test_the_shared_data_sets(
+    name: str, ending: str, records: int, shape: tuple[int, ...], classes: int, data_folder: Path
+) -> None:
+    pool, test = (load(path=data_folder / f"{name}-{part}.{ending}") for part in ("train", "test"))
+    result = dealt(pool, test, train_records=500, test_records=200, auxiliary_share=0.01, validation_share=0.002)
+    assert len(pool) == records
+    assert (result.record_shape, result.classes) == (shape, classes)
+    assert result.train["a"].x.shape == (500, *shape)
+    if len(shape) == 3:
+        assert 0 <= result.test.x.min() < 0.05
+        assert 0.9 < result.test.x.max() <= 1

@@ -1,0 +1,129 @@
+"""Client and server, message by message, also with a server that does not keep to the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from milkglass.errors import MessageError, MilkglassError
+from milkglass.messages import Kind, Message
+from milkglass.parties import Client, Server
+from milkglass.randomness import public_source
+from milkglass.transports.local import LocalTransport
+
+X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def _stages() -> tuple[nn.Module, nn.Module]:
+    generator = public_source(0).generator("w")
+    bottom, top = nn.Linear(4, 3), nn.Linear(3, 3)
+    for parameter in [*bottom.parameters(), *top.parameters()]:
+        nn.init.normal_(parameter, generator=generator)
+    return bottom, top
+
+
+def _sgd(stage: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(stage.parameters(), lr=0.1)
+
+
+class _Answering:
+    """A server that answers as the test says."""
+
+    def __init__(self, kind: Kind, step: int = 0, **tensors: Tensor) -> None:
+        self._answer = Message(kind, "server", step, tensors)
+
+    def reply(self, message: Message) -> Message:  # noqa: ARG002
+        return self._answer
+
+
+GOOD = {"gradient": torch.zeros(6, 3), "loss": torch.tensor(1.0), "right": torch.tensor(3)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("predictions", {}, "expected 'gradients', the server sent 'predictions'"),
+        ("gradients", {"step": 4}, "of step 4"),
+        ("gradients", {"gradient": None}, "expected a gradient of shape"),
+        ("gradients", {"gradient": torch.zeros(6, 4)}, "gradient float32 6x4"),
+        ("gradients", {"gradient": torch.zeros(6, 3).double()}, "gradient float64 6x3"),
+        ("gradients", {"loss": None}, "expected a number 'loss'"),
+        ("gradients", {"right": torch.zeros(2)}, "expected a number 'right'"),
+    ],
+)
+def test_a_client_checks_every_answer(kind: Kind, changes: Mapping[str, Any], words: str) -> None:
+    tensors = {name: tensor for name, tensor in (GOOD | changes).items() if isinstance(tensor, Tensor)}
+    bottom, _ = _stages()
+    before = bottom.weight.clone()
+    client = Client(bottom, _sgd(bottom), LocalTransport(_Answering(kind, changes.get("step", 0), **tensors)))
+    with pytest.raises(MessageError, match=words):
+        client.step(X, Y)
+    assert torch.equal(bottom.weight, before)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    bottom, _ = _stages()
+    before = bottom.weight.clone()
+    answer = _Answering("gradients", **(GOOD | {"loss": torch.tensor(float("nan"))}))
+    with pytest.raises(MilkglassError, match="the loss is nan; training has diverged"):
+        Client(bottom, _sgd(bottom), LocalTransport(answer)).step(X, Y)
+    assert torch.equal(bottom.weight, before)
+
+
+def test_predictions_are_checked() -> None:
+    bottom, _ = _stages()
+    for tensors in ({}, {"logits": torch.zeros(5, 3)}, {"logits": torch.zeros(6)}):
+        with pytest.raises(MessageError, match="expected logits of 6 records"):
+            Client(bottom, _sgd(bottom), LocalTransport(_Answering("predictions", **tensors))).predict(X)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "words"),
+    [
+        ("activations", {}, "expected activations"),
+        ("activations", {"activations": torch.zeros(6, 3)}, "expected a label for each of 6"),
+        ("activations", {"activations": torch.zeros(6, 3), "labels": Y[:2]}, "expected a label for each of 6"),
+        ("activations", {"activations": Y, "labels": Y}, "expected activations"),
+        ("gradients", {"activations": torch.zeros(6, 3)}, "does not answer 'gradients'"),
+    ],
+)
+def test_a_server_checks_every_question(kind: Kind, tensors: dict[str, Tensor], words: str) -> None:
+    _, top = _stages()
+    before = top.weight.clone()
+    with pytest.raises(MessageError, match=words):
+        Server(top, _sgd(top)).reply(Message(kind, "client", 0, tensors))
+    assert torch.equal(top.weight, before)
+
+
+def test_prediction_is_the_whole_network_in_evaluation_mode_and_trains_nothing() -> None:
+    bottom, top = _stages()
+    top = nn.Sequential(nn.Dropout(0.5), top)
+    server = Server(top, _sgd(top))
+    client = Client(bottom, _sgd(bottom), LocalTransport(server))
+    before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
+    logits, z = client.predict(X)
+    assert torch.equal(z, bottom(X))
+    assert torch.equal(logits, top.eval()(z))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in top.state_dict().items())
+
+
+def test_a_frozen_client_and_a_top_stage_that_works_in_place() -> None:
+    bottom, top = _stages()
+    top = nn.Sequential(nn.ReLU(inplace=True), top)
+    client = Client(bottom, None, LocalTransport(Server(top, _sgd(top))))
+    before = {name: tensor.clone() for name, tensor in bottom.state_dict().items()}
+    losses = [client.step(X, Y).loss for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bottom.state_dict().items())
+
+
+def test_without_a_source_two_clients_differ() -> None:
+    bottom, top = _stages()
+    transport = LocalTransport(Server(top, _sgd(top)))
+    draws = [Client(bottom, None, transport).noise.gaussian_like(X) for _ in range(2)]
+    assert not torch.equal(*draws)

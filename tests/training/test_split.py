@@ -1,0 +1,298 @@
+"""What crosses in split training, what it follows from, and that a run stopped and resumed ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from milkglass.errors import DataError, EgressError, MilkglassError, RunError
+from milkglass.messages import Message
+from milkglass.parties import StepResult
+from milkglass.randomness import Source, public_source, rehearsal_source
+from milkglass.recipe import Recipe
+from milkglass.runs import RunFolder
+from milkglass.training.split import Setup, Silence, evaluate_on_test, set_up, train, train_epoch
+from milkglass.transcript import Crossing, Transcript
+from milkglass.transports.base import Transport
+from milkglass.transports.wrappers import RecordingTransport
+from tests.helpers import KEY, small_recipe
+
+DEFENDED = {"nopeek": {"weight": 1.0}, "noise": {"sigma": 0.5}}
+
+
+def _recorded(recipe: Recipe, source: Source | None = None) -> tuple[Setup, Transcript]:
+    setup = set_up(recipe, source, wrap=RecordingTransport)
+    return setup, cast(RecordingTransport, setup.transport).transcript
+
+
+def _run_epoch(setup: Setup, epoch: int) -> None:
+    train_epoch(setup, epoch)
+    evaluate_on_test(setup, epoch)
+
+
+# -- what crosses
+
+
+def test_the_transcript_holds_exactly_what_was_agreed() -> None:
+    setup, transcript = _recorded(small_recipe(defense=DEFENDED))
+    _run_epoch(setup, 1)
+    assert transcript.kinds() == [("to server", "activations"), ("to client", "gradients")] * 3 + [
+        ("to server", "queries"),
+        ("to client", "predictions"),
+    ]
+    expected = {
+        "activations": {"activations", "labels"},
+        "gradients": {"gradient", "loss", "right"},
+        "queries": {"activations"},
+        "predictions": {"logits"},
+    }
+    for crossing in transcript:
+        assert set(crossing.message.tensors) == expected[crossing.message.kind]
+    sent = sum(crossing.wire_bytes for crossing in transcript if crossing.direction == "to server")
+    assert sent == setup.transport.traffic.wire_bytes("to server")
+    assert setup.transport.traffic.messages == len(transcript)
+
+
+def test_no_sent_tensor_holds_a_record() -> None:
+    setup, transcript = _recorded(small_recipe())
+    _run_epoch(setup, 1)
+    raw = torch.cat([setup.records.train["client"].x, setup.records.test.x]).flatten(1)
+    for crossing in transcript:
+        for tensor in crossing.message.tensors.values():
+            if tensor.dim() == 2 and tensor.shape[1] == raw.shape[1]:
+                assert not (tensor[:, None] == raw[None]).all(dim=2).any()
+
+
+def test_a_stage_that_only_reshapes_is_refused_before_anything_leaves() -> None:
+    setup, transcript = _recorded(small_recipe(cut={"at": "flatten"}))
+    with pytest.raises(EgressError, match="a record as it is"):
+        train_epoch(setup, 1)
+    assert len(transcript) == 0
+
+
+# -- every activation follows from checkpoint and private key; nothing else was sent
+
+
+class _Replayed(Transport):
+    """Answers from a transcript, and fails if a client sends anything but what the transcript says it sent."""
+
+    def __init__(self, transcript: list[Crossing]) -> None:
+        super().__init__()
+        self._left = list(transcript)
+
+    def exchange(self, message: Message) -> Message:
+        said = self._left.pop(0).message
+        assert (said.kind, said.party, said.step) == (message.kind, message.party, message.step)
+        assert said.tensors.keys() == message.tensors.keys()
+        for name, tensor in said.tensors.items():
+            assert torch.equal(tensor, message.tensors[name]), f"{name} of step {message.step} does not follow"
+        return self._left.pop(0).message
+
+    def assert_all_used(self) -> None:
+        assert not self._left, "the transcript holds more messages than the client's stage and key explain"
+
+
+def _assert_explained(
+    transcript: list[Crossing], recipe: Recipe, source: Source, checkpoint: dict[str, Tensor]
+) -> None:
+    setup = set_up(recipe, source)
+    replayed = _Replayed(transcript)
+    setup.client.transport = replayed
+    setup.client.load_state(checkpoint)
+    _run_epoch(setup, 2)
+    replayed.assert_all_used()
+
+
+def test_every_activation_follows_from_checkpoint_and_key() -> None:
+    recipe, source = small_recipe(defense=DEFENDED, training={"epochs": 2, "batch_size": 32}), Source(KEY)
+    setup, transcript = _recorded(recipe, source)
+    _run_epoch(setup, 1)
+    checkpoint, before = {k: v.clone() for k, v in setup.client.state().items()}, len(transcript)
+    _run_epoch(setup, 2)
+    epoch = list(transcript)[before:]
+    _assert_explained(epoch, recipe, source, checkpoint)
+
+    with pytest.raises(AssertionError, match="more messages"):
+        _assert_explained([*epoch, *epoch[:2]], recipe, source, checkpoint)
+    changed = epoch[2].message.tensors["activations"].clone()
+    changed[0, 0] += 1e-3
+    tensors = dict(epoch[2].message.tensors) | {"activations": changed}
+    forged = [*epoch[:2], replace(epoch[2], message=replace(epoch[2].message, tensors=tensors)), *epoch[3:]]
+    with pytest.raises(AssertionError, match="does not follow"):
+        _assert_explained(forged, recipe, source, checkpoint)
+    with pytest.raises(RunError, match="another private key"):
+        _assert_explained(epoch, recipe, Source(b"x" * 32), checkpoint)
+
+
+# -- the server, with recipe and seed, against a client with a key
+
+
+def test_a_server_with_recipe_and_seed_predicts_neither_noise_nor_weights() -> None:
+    recipe = small_recipe(defense={"noise": {"sigma": 0.5}})
+    secret, _ = _recorded(recipe, Source(KEY))
+    noise = secret.client.noise._source.gaussian((64, 16), 0)
+    guesses = [
+        public_source(recipe.seed),
+        rehearsal_source(recipe.seed, "client"),
+        rehearsal_source(recipe.seed, recipe.parties.server),
+        public_source(recipe.seed).derive("audit"),
+    ]
+    for guess in guesses:
+        played = set_up(recipe, guess)
+        guessed = played.client.noise._source.gaussian((64, 16), 0)
+        assert not (guessed == noise).any()
+        assert abs(torch.corrcoef(torch.stack([guessed.flatten(), noise.flatten()]))[0, 1]) < 0.1
+        for name, weights in played.client.stage.state_dict().items():
+            assert not (weights == secret.client.stage.state_dict()[name]).any()
+        orders = [torch.randperm(96, generator=each.client.source.generator("order", 1)) for each in (played, secret)]
+        assert not torch.equal(*orders)
+    # what is public is the same for all: the deal and the server's weights; and the rehearsal is predictable
+    open_run, again = set_up(recipe), set_up(recipe, rehearsal_source(recipe.seed, "client"))
+    assert torch.equal(open_run.records.train["client"].x, secret.records.train["client"].x)
+    for name, weights in open_run.server.stage.state_dict().items():
+        assert torch.equal(weights, secret.server.stage.state_dict()[name])
+    assert torch.equal(
+        again.client.noise._source.gaussian((64, 16), 0), open_run.client.noise._source.gaussian((64, 16), 0)
+    )
+
+
+def test_the_key_is_nowhere_in_the_run_folder_or_on_the_wire(tmp_path: Path) -> None:
+    train(small_recipe(defense=DEFENDED), tmp_path / "run", Source(KEY))
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert KEY not in content
+            assert KEY.hex().encode() not in content
+
+
+# -- stopped and resumed
+
+
+class _Stop(Silence):
+    """Stops a training from outside, as a signal would."""
+
+    def __init__(self, when: Callable[[int, int], bool]) -> None:
+        self._when = when
+
+    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:  # noqa: ARG002
+        if self._when(epoch, step):
+            raise KeyboardInterrupt
+
+
+def _files(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("bottom.safetensors", "top.safetensors")}
+
+
+def _without_seconds(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if not key.startswith("seconds")}
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [_without_seconds(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resume_ends_in_the_same_bits(tmp_path: Path, optimizer: str) -> None:
+    recipe = small_recipe(
+        network={"name": "tests.training.test_split:with_dropout"},
+        cut={"at": "drop"},
+        defense=DEFENDED,
+        training={"epochs": 4, "batch_size": 32, "optimizer": optimizer, "learning_rate": 1e-2},
+    )
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    summary = train(recipe, whole, Source(KEY))
+    for when in (lambda epoch, step: (epoch, step) == (1, 2), lambda epoch, step: (epoch, step) == (3, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, stopped, Source(KEY), resume=True, progress=_Stop(when))
+    assert len(_metrics(stopped)) == 2
+    resumed = train(recipe, stopped, Source(KEY), resume=True)
+    assert _files(stopped) == _files(whole)
+    assert _metrics(stopped) == _metrics(whole)
+    assert _without_seconds(resumed) == _without_seconds(summary)
+    assert train(recipe, stopped, Source(KEY), resume=True) == resumed  # already finished: nothing to do
+
+
+def with_dropout(record_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """A factory of a user's own, with dropout on both sides of the cut."""
+    layers = {
+        "flatten": torch.nn.Flatten(),
+        "first": torch.nn.Linear(torch.Size(record_shape).numel(), 12),
+        "drop": torch.nn.Dropout(0.2),
+        "act": torch.nn.ReLU(),
+        "drop2": torch.nn.Dropout(0.2),
+        "last": torch.nn.Linear(12, classes),
+    }
+    model = torch.nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model
+
+
+def test_resume_under_another_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), tmp_path / "run", Source(KEY), progress=_Stop(lambda epoch, _: epoch == 2))
+    with pytest.raises(RunError, match="another private key"):
+        train(small_recipe(), tmp_path / "run", resume=True)
+
+
+def test_summary_has_what_the_design_promises(tmp_path: Path) -> None:
+    summary = train(small_recipe(), tmp_path / "run")
+    assert summary == RunFolder.open_finished(tmp_path / "run").read_json("summary.json")
+    assert {"squared_unbiased", "biased", "n", "permutation_floor"} == set(summary["distance_correlation"])
+    flows = summary["wire"]
+    assert summary["bytes_sent"] == sum(flow["bytes"] for flow in flows if flow["direction"] == "to server")
+    assert summary["bytes_received"] == sum(flow["bytes"] for flow in flows if flow["direction"] == "to client")
+    assert summary["messages"] == sum(flow["messages"] for flow in flows) == 2 * (2 * 3 + 2)
+    assert summary["client_flops_per_sample"] == 2 * 2 * 64 * 16  # forward, and the weights' gradient: 2 m n each
+    assert summary["keys"] == "keys derived from the seed: a rehearsal"
+    assert summary["seed"] == 0
+    assert summary["seconds"] >= summary["seconds_per_epoch"] > 0
+    assert 0 < summary["accuracy"] <= 1
+    # a batch of 32 activations of width 16 with their labels, and frames of some 100 bytes
+    activations = next(flow for flow in flows if flow["kind"] == "activations")
+    assert activations["messages"] == 6
+    assert 0 < activations["bytes"] / 6 - 32 * (16 * 4 + 8) < 128
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cut": {"at": "hiden1"}}, "hidden1"),
+        ({"cut": {"at": "classifier"}}, "classifier"),
+        ({"network": {"name": "cn"}}, "'cnn'"),
+        ({"network": {"name": "mlp", "settings": {"hiddn": [3]}}}, "'hidden'"),
+        ({"data": {"name": "digit"}}, "digits"),
+        ({"data": {"name": "digits", "train_records": 20}}, "make no batch of 32"),
+        ({"attacker": {"auxiliary_share": 0.8, "validation_share": 0.1}}, "records"),
+    ],
+)
+def test_what_cannot_run_leaves_no_trace(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(MilkglassError) as caught:
+        train(small_recipe(**changes), tmp_path / "run")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_short_last_batch_under_a_penalty(tmp_path: Path) -> None:
+    training = {"epochs": 1, "batch_size": 31, "drop_last_batch": False}  # 96 = 3 x 31 + 3
+    with pytest.raises(DataError, match="the last batch has 3 records; NoPeek's penalty needs at least 4"):
+        train(small_recipe(training=training, defense=DEFENDED), tmp_path / "run")
+    summary = train(small_recipe(training=training), tmp_path / "undefended")
+    assert next(flow for flow in summary["wire"] if flow["kind"] == "activations")["messages"] == 4
+
+
+def test_diverged_training_says_so(tmp_path: Path) -> None:
+    training = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 1e30}
+    with pytest.raises(MilkglassError, match="diverged"):
+        train(small_recipe(training=training), tmp_path / "run")
