@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
 from milkglass.errors import MilkglassError
-
-if TYPE_CHECKING:
-    from milkglass.progress import AuditProgress
-    from milkglass.replay import Replay
-    from milkglass.runs import RunFolder
 
 EXIT_BAD_INPUT: Final = 2
 EXIT_BY_VERDICT: Final = {"within budget": 0, "no budget set": 0, "over budget": 3, "inconclusive": 4}
@@ -94,10 +90,11 @@ def audit(
 
     Exit code 0: within the budget, or none set. 3: over it. 4: inconclusive, the attacks failed their own controls.
     """
+    from milkglass.audit import audit as audit_trials
     from milkglass.audit import parse_budget
     from milkglass.progress import AuditProgress, TrainingProgress
     from milkglass.replay import find_reference, replay
-    from milkglass.runs import RunFolder
+    from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
     from milkglass.training.split import computing_with
 
     limit = parse_budget(budget) if budget is not None else None
@@ -106,19 +103,41 @@ def audit(
         undefended = find_reference(folder, reference, progress)
     replayed = replay(folder, undefended)
     with computing_with(folder.recipe.threads), AuditProgress() as watch:
-        verdict = _audit(replayed, limit, folder, out, watch)
-    raise typer.Exit(EXIT_BY_VERDICT[verdict])
+        found = audit_trials(replayed.trials, budget=limit, seed=folder.recipe.seed, progress=watch)
+    content = found.to_dict() | {
+        "defense": replayed.defense,
+        "reference": str(undefended.path),
+        "reference_accuracy": replayed.reference_accuracy,
+    }
+    target = out or run
+    write_beside(target / "pictures.safetensors", tensors_as_bytes(found.pictures))
+    write_beside(target / "audit.json", (json.dumps(content, indent=2) + "\n").encode())
+    for note in found.notes:
+        print(f"{run}: {note}")
+    print(
+        f"{run}: {found.verdict}{'' if budget is None else f' ({budget})'}: defense {replayed.defense}; peek "
+        f"{found.peek.value:.3f}, 95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack "
+        f"{found.best_attack}; reference accuracy {replayed.reference_accuracy:.3f}"
+    )
+    raise typer.Exit(EXIT_BY_VERDICT[found.verdict])
 
 
 @app.command()
-def cuts(recipe: RecipePath, overrides: Overrides = None) -> None:
+def cuts(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")] = None,
+) -> None:
     """Print what each possible cut costs the client: work, parameters, bytes per record."""
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from milkglass.cuts import cut_costs
     from milkglass.networks import build
     from milkglass.randomness import public_source
     from milkglass.recipe import load_recipe
+    from milkglass.runs import write_beside
     from milkglass.training.split import deal_records
 
     loaded = load_recipe(recipe, overrides or ())
@@ -133,7 +152,8 @@ def cuts(recipe: RecipePath, overrides: Overrides = None) -> None:
     table = Table("cut at", "shape", "client's FLOPs", "share", "client's parameters", "share", "bytes per record")
     for column in table.columns[2:]:
         column.justify = "right"
-    for cost in cut_costs(model, records.test.x[:1]):
+    costs = cut_costs(model, records.test.x[:1])
+    for cost in costs:
         marked = f"{cost.name}  <- the recipe's" if cost.name == loaded.cut.at else cost.name
         table.add_row(
             marked,
@@ -144,6 +164,8 @@ def cuts(recipe: RecipePath, overrides: Overrides = None) -> None:
             f"{cost.client_parameters_share:.1%}",
             f"{cost.bytes_per_record:,}",
         )
+    if json_file is not None:
+        write_beside(json_file, json.dumps({"cuts": [asdict(cost) for cost in costs]}, indent=2).encode())
     _print(table)
     print("FLOPs: multiplications and additions of matrix products and convolutions, forward, for one record.")
 
@@ -162,6 +184,7 @@ def report(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends in one line on the error stream and exit code 2."""
+    sys.path.append(str(Path.cwd()))  # a recipe may name a network of the user's own, `package.module:function`
     try:
         app(arguments)
     except MilkglassError as error:

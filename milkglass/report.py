@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -30,6 +29,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from milkglass.errors import RunError
+from milkglass.runs import write_beside
 
 Array = NDArray[np.float32]
 
@@ -387,13 +387,7 @@ def render(results: Sequence[RunResults]) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html, beside and then renamed: never half a page. Raises RunError, also on a full disk."""
-    page, path = render(read_results(folder)), folder / "report.html"
-    beside = folder / f".report.{os.getpid()}.html"
-    try:
-        beside.write_text(page, "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """Write `folder`/report.html, whole or not at all. Raises RunError, also on a full disk."""
+    path = folder / "report.html"
+    write_beside(path, render(read_results(folder)).encode())
     return path

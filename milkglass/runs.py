@@ -9,6 +9,7 @@ summary.json           written last: a folder that has it is a finished run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -95,20 +96,7 @@ class RunFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
-        target = self.path / name
-        beside = target.with_name(f".{target.name}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise RunError(
-                f"cannot write {target}: {error.strerror or error}; what was written before is whole"
-            ) from None
+        write_beside(self.path / name, content)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -116,7 +104,7 @@ class RunFolder:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file, whole or not at all."""
-        self.write(name, save_tensors({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}))
+        self.write(name, tensors_as_bytes(tensors))
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl anew, a line per epoch."""
@@ -162,6 +150,27 @@ class RunFolder:
         files = sorted((self.path / name).glob("*.safetensors"))
         parties = {file.name.removesuffix(".safetensors"): self.read_tensors(f"{name}/{file.name}") for file in files}
         return Checkpoint(int(name.name), parties, self.read_json(f"{name}/progress.json"))
+
+
+def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file."""
+    return save_tensors({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()})
+
+
+def write_beside(target: Path, content: bytes) -> None:
+    """Write a file beside and rename it: it is whole, or as it was before. Raises RunError, such as for a full disk."""
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
 
 
 FINISHED = ("bottom.safetensors", "top.safetensors", "metrics.jsonl", "summary.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import math
 import re
 from collections.abc import Iterator
@@ -317,11 +318,10 @@ def test_large_pictures_keep_the_page_under_three_megabytes(tmp_path: Path) -> N
 def test_a_report_that_cannot_be_written_leaves_the_old_one(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = write_report(demo).read_text()
 
-    def full(self: Path, *_: object) -> int:
-        self.touch()
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         write_report(demo)
     assert (demo / "report.html").read_text() == before

@@ -142,7 +142,7 @@ def _train(
 
 @torch.no_grad()
 def _rebuild(network: nn.Module, image_N: Tensor, side_N: Tensor, view: View) -> Tensor:
-    batches = zip(image_N.split(8 * BATCH), side_N.split(8 * BATCH), strict=True)
+    batches = zip(torch.split(image_N, 8 * BATCH), torch.split(side_N, 8 * BATCH), strict=True)
     return as_records(torch.cat([network(image, side) for image, side in batches]).flatten(1), view)
 
 
@@ -158,7 +158,8 @@ class _PictureCorrection(nn.Module):
         self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
         self.last = nn.Conv2d(width, folded, 3, padding=1)
         nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias) if self.last.bias is not None else None
+        if self.last.bias is not None:
+            nn.init.zeros_(self.last.bias)
 
     def forward(self, image_BCHW: Tensor, maps_BAhw: Tensor) -> Tensor:
         folded = F.pixel_unshuffle(image_BCHW, self.fold)

@@ -29,7 +29,7 @@ CHOICE_PAIRS: Final = 1000
 
 @final
 class KernelRidge(Attack):
-    """Smooth decoder in closed form, on at most `pairs` known pairs: time grows with their cube, memory by the square."""
+    """Smooth decoder in closed form, on at most `pairs` known pairs: its time grows with their cube."""
 
     name: ClassVar[str] = "kernel ridge"
 

@@ -11,7 +11,7 @@ from milkglass.transcript import View
 
 @final
 class MeanRecord(Attack):
-    """Guess the mean of the known records, whatever was sent. All other attacks are measured against knowing nothing."""
+    """Guess the mean of the known records, whatever was sent: what anyone can do who knows such records."""
 
     name: ClassVar[str] = "mean record"
     knows: ClassVar[tuple[str, ...]] = ("records",)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.attacks.features import as_records, flat
+from milkglass.attacks.features import answer_alone, as_records, flat
 from milkglass.errors import AuditError
 from milkglass.transcript import View
 
@@ -65,6 +65,6 @@ class Stack(Attack):
     def attack(self, view: View) -> Reconstruction:
         """Run every member twice and combine. An audit has run them already and calls `combine` itself."""
         start = time.perf_counter()
-        views = (view, view.entitled_only())
+        views = (view, answer_alone(view))
         both = combine(view, [member.attack(seen) for seen in views for member in self._members])
         return Reconstruction(both.validation, both.target, time.perf_counter() - start)

@@ -47,7 +47,7 @@ class Laplacian:
         """scale * sum_j w_ij (x_i - x_j) for every row i: a table (N, D)."""
         n, d = x_ND.shape
         product_ND = x_ND.new_empty(n, d)
-        for start, stop, block in _shifted_blocks(x_ND):
+        for start, stop, block in _blocks(x_ND, shift=_is_far(x_ND)):
             product_ND[:, start:stop].addmm_(self.matrix_NN, block, beta=0, alpha=scale)
         for chunk in _chunks(self.rows_P, n * n, d):
             rows_P, columns_P = self.rows_P[chunk], self.columns_P[chunk]
@@ -107,8 +107,9 @@ def _gram(x_ND: Tensor) -> Tensor:
     """The product x x^T (N, N) of the rows, shifted where it matters; upper strips only, then mirrored."""
     n = len(x_ND)
     height = max(64, n // 8)
+    shift = _is_far(x_ND)
     gram_NN = x_ND.new_empty(n, n)
-    for start, _, block in _shifted_blocks(x_ND):
+    for start, _, block in _blocks(x_ND, shift=shift):
         for top in range(0, n, height):
             strip = slice(top, top + height)
             gram_NN[strip, top:].addmm_(block[strip], block[top:].T, beta=0 if start == 0 else 1)
@@ -117,18 +118,24 @@ def _gram(x_ND: Tensor) -> Tensor:
     return gram_NN
 
 
-def _shifted_blocks(x_ND: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of columns of x near the origin: (first column, last column + 1, block).
+def _is_far(x_ND: Tensor) -> bool:
+    """Whether the rows are so far from the origin, for their spread, that products of them lose digits."""
+    n = len(x_ND)
+    mean = torch.linalg.vector_norm(x_ND.new_full((n,), 1 / n) @ x_ND).item()
+    energy: float = torch.linalg.vector_norm(x_ND).item() ** 2 / n
+    return not mean**2 <= _OFFSET * energy
 
-    x itself, in one block, where its mean is not far from the origin for its spread; else blocks shifted by their mean,
-    in scratch space of 3/2 N^2 values.
+
+def _blocks(x_ND: Tensor, *, shift: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of columns of x: (first column, last column + 1, block).
+
+    All of x at once; or, shifted by their mean, as many columns as fit in scratch space of 3/2 N^2 values.
     """
     n, d = x_ND.shape
-    average_N = x_ND.new_full((n,), 1 / n)
-    mean, root_energy = torch.linalg.vector_norm(average_N @ x_ND).item(), torch.linalg.vector_norm(x_ND).item()
-    if mean**2 <= _OFFSET * root_energy**2 / n:
+    if not shift:
         yield 0, d, x_ND
         return
+    average_N = x_ND.new_full((n,), 1 / n)
     width = min(d, n * 3 // 2)
     scratch_NW = x_ND.new_empty(n, width)
     for start in range(0, d, width):
@@ -155,7 +162,7 @@ def _exact_distances(x_ND: Tensor, y_MD: Tensor, rows_P: Tensor, columns_P: Tens
 
 
 def _chunks(rows_P: Tensor, values: int, columns: int) -> Iterator[slice]:
-    """Slices of the pairs, so that one chunk's differences take about half of `values` numbers (at least 16 pairs)."""
-    length = max(16, values // (2 * columns))
+    """Slices of the pairs: one chunk's rows, once, take a quarter of `values` numbers (but at least 16 pairs)."""
+    length = max(16, values // (4 * columns))
     for start in range(0, len(rows_P), length):
         yield slice(start, start + length)

@@ -10,7 +10,8 @@ at n = 256. `u_distance_correlation_sqr` is about 0 there (and may be negative).
 
 All functions take records `x` and activations `z` of shape (n, ...), flattened per record, n >= 4. `z` is float32 or
 float64, and `x` is read as the same type. The value is differentiable in `z` alone, by a closed form: with G the
-derivative by the distances b, dz = 2 (diag(W 1) - W) z, W = G / b. Extra memory is under 4 n^2 values.
+derivative by the distances b, dz = 2 (diag(W 1) - W) z, W = G / b. Extra memory is at most 4 n^2 values and a few
+vectors (in tiny batches with nearly equal rows: 64 rows of z, if that is more).
 
 Legend: N records, D values in a record, E values in an activation.
 """
@@ -204,7 +205,8 @@ def _shift_(distance_NN: Tensor) -> Margins:
 
 
 def _squared(a_NN: Tensor) -> float:
-    return torch.linalg.vector_norm(a_NN, dim=1).to(torch.float64).square().sum().item()
+    lengths_N: Tensor = torch.linalg.vector_norm(a_NN, dim=1)
+    return lengths_N.to(torch.float64).square().sum().item()
 
 
 def _center_both(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Sums]:
@@ -253,7 +255,7 @@ class _Statistic(torch.autograd.Function):
         return z_NE.new_tensor(value)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
         z_NE, *laplacian = ctx.saved_tensors
         if not laplacian:
@@ -297,7 +299,7 @@ def _statistic(x: Tensor, z: Tensor, *, unbiased: bool, normalized: bool) -> Ten
     if x.requires_grad and torch.is_grad_enabled():
         raise DataError("distance correlation: the records need no gradient; pass x.detach()")
     x_ND, z_NE = tables(x, z)
-    value: Tensor = _Statistic.apply(x_ND, z_NE, unbiased, normalized)
+    value: Tensor = _Statistic.apply(x_ND, z_NE, unbiased, normalized)  # type: ignore[no-untyped-call]
     return value
 
 
