@@ -1,10 +1,10 @@
 # make demo    a virtual environment, the digits recipe undefended and with NoPeek, both audited, a report
 # make test    the tests, with everything they need       make test ARGS="-k cuts"
-# make check   ruff and mypy
-# All three make .venv ready first, from whatever state it is in, and lose no time where it is ready.
+# make check   ruff and mypy                              make docs   docs/recipes.md, from the model
+# All of them make .venv ready first, from whatever state it is in, and lose no time where it is ready.
 
 .NOTPARALLEL:
-.PHONY: demo test check
+.PHONY: demo test check docs
 unexport PYTHONHOME PYTHONPATH
 
 VENV := .venv/bin
@@ -36,3 +36,7 @@ check:
 	$(VENV)/python -m ruff check .
 	$(VENV)/python -m ruff format --check .
 	$(VENV)/python -m mypy
+
+docs:
+	@$(READY) demo
+	$(VENV)/python -c "from milkglass.recipe import reference_page; print(reference_page(), end='')" > docs/recipes.md

@@ -27,7 +27,7 @@ from milkglass.randomness import public_source
 from milkglass.transports.local import LocalTransport
 
 BATCH: Final = 64
-CASES: Final = (
+CASES: Final[tuple[tuple[str, tuple[int, ...], dict[str, object], str], ...]] = (
     ("cnn", (1, 28, 28), {"width": 32}, "block2"),
     ("cnn", (1, 28, 28), {"width": 32}, "block1"),
     ("resnet", (3, 32, 32), {"depth": 8}, "block1"),

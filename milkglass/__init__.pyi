@@ -2,8 +2,8 @@ from . import audit as audit
 from .audit import Audit as Audit
 from .cuts import Stages as Stages
 from .cuts import cut as cut
-from .defenses.nopeek import NoPeek as NoPeek
 from .defenses.noise import Noise as Noise
+from .defenses.nopeek import NoPeek as NoPeek
 from .errors import MilkglassError as MilkglassError
 from .leakage.distance_correlation import distance_correlation as distance_correlation
 from .leakage.distance_correlation import distance_correlation_sqr as distance_correlation_sqr

@@ -8,7 +8,7 @@ Pure: it runs attacks on views and talks to nobody. An attack is handed the view
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal, final
@@ -17,18 +17,16 @@ import torch
 from torch import Tensor
 
 from milkglass import controls
-from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.attacks.decoder import Decoder
+from milkglass.attacks.base import Attack
 from milkglass.attacks.features import answer_alone
-from milkglass.attacks.kernel_ridge import KernelRidge
-from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge
-from milkglass.attacks.stack import Stack, combine
+from milkglass.attacks.stack import Stack
+from milkglass.attacks.suite import Run, best, default_attacks, run_suite, until
 from milkglass.controls import ControlResult
-from milkglass.errors import AuditError, nearest
+from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import Peek, match_top1, peek, psnr_db, squared_errors, ssim
 from milkglass.randomness import Source, public_source
-from milkglass.transcript import Trial, View, check_view
+from milkglass.transcript import Trial, check_view
 
 Verdict = Literal["within budget", "over budget", "inconclusive", "no budget set"]
 Progress = Callable[[int, int, str], None]
@@ -101,22 +99,6 @@ class Audit:
         }
 
 
-def default_attacks(seed: int = 0) -> tuple[Attack, ...]:
-    """The suite of an honest but curious server, cheapest first; an audit adds their stack."""
-    return MeanRecord(), Ridge(), KernelRidge(), Decoder(seed=seed)
-
-
-def choose_attacks(names: Iterable[str], attacks: Sequence[Attack]) -> tuple[Attack, ...]:
-    """Those of the attacks that are named; the mean record, ridge regression and the stack are always there."""
-    known = {attack.name: attack for attack in attacks}
-    wanted = {MeanRecord.name, Ridge.name}
-    for name in (name.strip() for name in names):
-        if name not in known and name != Stack.name:
-            raise AuditError(f"attack {name!r} is not known; {nearest(name, [*known, Stack.name])}")
-        wanted.add(name)
-    return tuple(attack for attack in attacks if attack.name in wanted)
-
-
 def parse_budget(text: str) -> float:
     """The number in "peek<=0.3": the most peek that is allowed."""
     match = re.fullmatch(r"\s*peek\s*<=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*", text)
@@ -166,7 +148,7 @@ def audit(
         notes=tuple(_notes(findings, results)),
         pictures={
             "records": worst.trial.truth[:PICTURES],
-            "entitled": _best(worst.entitled).reconstruction.target[:PICTURES],
+            "entitled": best(worst.entitled).reconstruction.target[:PICTURES],
             **shown,
         },
     )
@@ -179,11 +161,15 @@ class _Ticker:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._done, self._total = progress, 0, total
 
-    def now(self, what: str, pieces: int = 1) -> None:
-        """Say what comes now; it is `pieces` pieces of work."""
+    def now(self, what: str) -> None:
+        """Say what comes now; it is one piece of work."""
         if self._progress is not None:
             self._progress(self._done, self._total, what)
-        self._done += pieces
+        self._done += 1
+
+    def for_each(self, what: str) -> Callable[[str], None]:
+        """What a suite calls with the name of each attack that it starts; each is one piece of work."""
+        return lambda name: self.now(f"{what}: {name}")
 
     def close(self) -> None:
         """Say that all is done."""
@@ -192,36 +178,19 @@ class _Ticker:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One attack's reconstruction of one view, and its error on validation records."""
-
-    attack: Attack
-    reconstruction: Reconstruction
-    validation_error: float
-
-    @property
-    def name(self) -> str:
-        return self.attack.name
-
-    @property
-    def usable(self) -> bool:
-        return self.validation_error < float("inf")
-
-
-@dataclass(frozen=True)
 class _Finding:
     """All that was found on one trial."""
 
     trial: Trial
-    entitled: list[_Run]
-    runs: list[_Run]
+    entitled: list[Run]
+    runs: list[Run]
     errors_entitled_T: Tensor
     scores: list[AttackScore]
     peek: Peek
 
     @property
-    def best(self) -> _Run:
-        return _best(self.runs)
+    def best(self) -> Run:
+        return best(self.runs)
 
 
 def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
@@ -241,45 +210,11 @@ def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
             raise AuditError(f"{trial.view.exposure} trial: expected at least one target record, all values finite")
 
 
-def _run(attack: Attack, view: View, made: Reconstruction) -> _Run:
-    records = view.validation.records
-    for what, tensor, rows in (
-        ("validation", made.validation, len(records)),
-        ("target", made.target, len(view.target)),
-    ):
-        if tensor.shape != (rows, *records.shape[1:]):
-            raise AuditError(
-                f"attack {attack.name!r}: its {what} reconstruction has shape {tuple(tensor.shape)}; "
-                f"expected {(rows, *records.shape[1:])}"
-            )
-    finite = bool(torch.isfinite(made.validation).all() and torch.isfinite(made.target).all())
-    error = squared_errors(made.validation, records).mean().item() if finite else float("inf")
-    return _Run(attack, made, error)
-
-
-def _run_suite(
-    view: View, suite: Sequence[Attack], ticker: _Ticker, what: str, members: Sequence[_Run] = ()
-) -> list[_Run]:
-    """Every attack on the view, and the stack of all these with the runs already made, `members`."""
-    runs = []
-    for attack in suite:
-        ticker.now(f"{what}: {attack.name}")
-        runs.append(_run(attack, view, attack.attack(view)))
-    together = [run.reconstruction for run in (*runs, *members) if run.usable]
-    if not together:
-        raise AuditError(f"{what}: no attack gave a reconstruction whose values are all finite")
-    return [*runs, _run(Stack(suite), view, combine(view, together))]
-
-
-def _best(runs: Sequence[_Run]) -> _Run:
-    return min(runs, key=lambda run: run.validation_error)
-
-
 def _find(trial: Trial, suite: Sequence[Attack], source: Source, ticker: _Ticker) -> _Finding:
     view, exposure = trial.view, trial.view.exposure
-    entitled = _run_suite(answer_alone(view), suite, ticker, f"{exposure}, from the answer alone")
-    runs = _run_suite(view, suite, ticker, exposure, members=entitled)
-    errors_entitled_T = squared_errors(_best(entitled).reconstruction.target, trial.truth)
+    entitled = run_suite(answer_alone(view), suite, ticker.for_each(f"{exposure}, from the answer alone"))
+    runs = run_suite(view, suite, ticker.for_each(exposure), members=entitled)
+    errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)
     ridge_error = next((run.validation_error for run in runs if isinstance(run.attack, Ridge)), float("inf"))
     scores = []
     for run in runs:
@@ -303,7 +238,7 @@ def _find(trial: Trial, suite: Sequence[Attack], source: Source, ticker: _Ticker
                 undertrained=run.attack.learned and run.validation_error > ridge_error,
             )
         )
-    chosen = next(score.peek for score in scores if score.name == _best(runs).name)
+    chosen = next(score.peek for score in scores if score.name == best(runs).name)
     return _Finding(trial, entitled, runs, errors_entitled_T, scores, chosen)
 
 
@@ -319,23 +254,17 @@ def _run_controls(
     trial, exposure = finding.trial, finding.trial.view.exposure
     error_entitled = finding.errors_entitled_T.mean().item()
 
-    def peek_of(run: _Run) -> float:
+    def peek_of(run: Run) -> float:
         return 1 - squared_errors(run.reconstruction.target, trial.truth).mean().item() / error_entitled
 
     def open_door(what: str, door: Trial) -> ControlResult:
-        """Cheapest attack first: the suite's best must get in, so it is enough that one does."""
         ticker.now(f"{exposure}, {what} control")
-        runs: list[_Run] = []
-        value = float("-inf")
-        for attack in suite:
-            runs.append(_run(attack, door.view, attack.attack(door.view)))
-            value = peek_of(_best(runs)) if _best(runs).usable else value
-            if value >= controls.IDENTITY_AT_LEAST:
-                break
+        value = until(suite, door.view, peek_of, lambda value: value >= controls.IDENTITY_AT_LEAST)
         return ControlResult(value, controls.IDENTITY_AT_LEAST, value >= controls.IDENTITY_AT_LEAST)
 
     closed = controls.independent(trial, source.generator("independent", exposure))
-    value = peek_of(_best(_run_suite(closed.view, suite, ticker, f"{exposure}, independent control", finding.entitled)))
+    starting = ticker.for_each(f"{exposure}, independent control")
+    value = peek_of(best(run_suite(closed.view, suite, starting, finding.entitled)))
     rotated = controls.identity_rotated(trial, source.generator("rotation", exposure))
     return {
         "identity": open_door("identity", controls.identity(trial)),
@@ -354,18 +283,18 @@ def _worst_controls(by_trial: Sequence[dict[str, ControlResult]]) -> dict[str, C
 
 
 def _gaussian(suite: Sequence[Attack], source: Source, ticker: _Ticker) -> ControlResult:
-    """Cheapest attack first, as at an open door: the suite's best must come near the least error, and not below."""
+    """The error over the least possible one: near 1, and below it only by the luck of the test records."""
     ticker.now("gaussian control")
     trial, least_error = controls.gaussian(source.generator("gaussian"))
-    runs: list[_Run] = []
-    value = float("inf")
-    for attack in suite:
-        runs.append(_run(attack, trial.view, attack.attack(trial.view)))
-        if _best(runs).usable:
-            value = squared_errors(_best(runs).reconstruction.target, trial.truth).mean().item() / least_error
-        if abs(value - 1) <= controls.GAUSSIAN_WITHIN:
-            break
-    return ControlResult(value, 1 + controls.GAUSSIAN_WITHIN, abs(value - 1) <= controls.GAUSSIAN_WITHIN)
+
+    def ratio_of(run: Run) -> float:
+        return squared_errors(run.reconstruction.target, trial.truth).mean().item() / least_error
+
+    def is_near(value: float) -> bool:
+        return abs(value - 1) <= controls.GAUSSIAN_WITHIN
+
+    value = until(suite, trial.view, ratio_of, is_near)
+    return ControlResult(value, 1 + controls.GAUSSIAN_WITHIN, is_near(value))
 
 
 def _verdict(peeks: Sequence[Peek], results: Mapping[str, ControlResult], budget: float | None) -> Verdict:

@@ -34,7 +34,7 @@ class Data(Section):
     name: str | None = Field(None, description="An embedded data set: `digits` (1,797 grey 8x8 pictures).")
     path: str | None = Field(
         None,
-        description="A `.npz` or parquet file, or a folder of pictures (one subfolder a class); relative to the recipe.",
+        description="A `.npz` or parquet file, or a folder of pictures, a subfolder a class; relative to the recipe.",
     )
     hub: str | None = Field(
         None, description="A data set on the Hugging Face hub, `owner/name`. Only this one touches the network."

@@ -1,4 +1,4 @@
-"""The commands, as a person types them: what they print, what they write, and one line with exit code 2 on bad input."""
+"""The commands, as a person types them: what they print and write, and one line with exit code 2 on bad input."""
 
 from __future__ import annotations
 

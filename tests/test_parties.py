@@ -19,7 +19,7 @@ X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def _stages() -> tuple[nn.Module, nn.Module]:
+def _stages() -> tuple[nn.Linear, nn.Linear]:
     generator = public_source(0).generator("w")
     bottom, top = nn.Linear(4, 3), nn.Linear(3, 3)
     for parameter in [*bottom.parameters(), *top.parameters()]:
@@ -34,7 +34,7 @@ def _sgd(stage: nn.Module) -> torch.optim.Optimizer:
 class _Answering:
     """A server that answers as the test says."""
 
-    def __init__(self, kind: Kind, step: int = 0, **tensors: Tensor) -> None:
+    def __init__(self, kind: Kind, tensors: Mapping[str, Tensor], step: int = 0) -> None:
         self._answer = Message(kind, "server", step, tensors)
 
     def reply(self, message: Message) -> Message:  # noqa: ARG002
@@ -60,7 +60,7 @@ def test_a_client_checks_every_answer(kind: Kind, changes: Mapping[str, Any], wo
     tensors = {name: tensor for name, tensor in (GOOD | changes).items() if isinstance(tensor, Tensor)}
     bottom, _ = _stages()
     before = bottom.weight.clone()
-    client = Client(bottom, _sgd(bottom), LocalTransport(_Answering(kind, changes.get("step", 0), **tensors)))
+    client = Client(bottom, _sgd(bottom), LocalTransport(_Answering(kind, tensors, changes.get("step", 0))))
     with pytest.raises(MessageError, match=words):
         client.step(X, Y)
     assert torch.equal(bottom.weight, before)
@@ -69,7 +69,7 @@ def test_a_client_checks_every_answer(kind: Kind, changes: Mapping[str, Any], wo
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     bottom, _ = _stages()
     before = bottom.weight.clone()
-    answer = _Answering("gradients", **(GOOD | {"loss": torch.tensor(float("nan"))}))
+    answer = _Answering("gradients", GOOD | {"loss": torch.tensor(float("nan"))})
     with pytest.raises(MilkglassError, match="the loss is nan; training has diverged"):
         Client(bottom, _sgd(bottom), LocalTransport(answer)).step(X, Y)
     assert torch.equal(bottom.weight, before)
@@ -79,7 +79,7 @@ def test_predictions_are_checked() -> None:
     bottom, _ = _stages()
     for tensors in ({}, {"logits": torch.zeros(5, 3)}, {"logits": torch.zeros(6)}):
         with pytest.raises(MessageError, match="expected logits of 6 records"):
-            Client(bottom, _sgd(bottom), LocalTransport(_Answering("predictions", **tensors))).predict(X)
+            Client(bottom, _sgd(bottom), LocalTransport(_Answering("predictions", tensors))).predict(X)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_server_checks_every_question(kind: Kind, tensors: dict[str, Tensor], 
 
 
 def test_prediction_is_the_whole_network_in_evaluation_mode_and_trains_nothing() -> None:
-    bottom, top = _stages()
-    top = nn.Sequential(nn.Dropout(0.5), top)
+    bottom, last = _stages()
+    top = nn.Sequential(nn.Dropout(0.5), last)
     server = Server(top, _sgd(top))
     client = Client(bottom, _sgd(bottom), LocalTransport(server))
     before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
@@ -113,8 +113,8 @@ def test_prediction_is_the_whole_network_in_evaluation_mode_and_trains_nothing()
 
 
 def test_a_frozen_client_and_a_top_stage_that_works_in_place() -> None:
-    bottom, top = _stages()
-    top = nn.Sequential(nn.ReLU(inplace=True), top)
+    bottom, last = _stages()
+    top = nn.Sequential(nn.ReLU(inplace=True), last)
     client = Client(bottom, None, LocalTransport(Server(top, _sgd(top))))
     before = {name: tensor.clone() for name, tensor in bottom.state_dict().items()}
     losses = [client.step(X, Y).loss for _ in range(30)]

@@ -29,7 +29,7 @@ from milkglass.randomness import drawing_from, public_source
 from milkglass.transcript import View
 
 BATCH: Final = 64
-LEARNING_RATE: Final = 2e-3
+LEARNING_RATE: Final = 3e-3
 CHECKS: Final = 20
 """How often, over all steps, the validation error is looked at; the best network seen is kept."""
 PATIENCE: Final = 6

@@ -20,6 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from milkglass.errors import AuditError
 from milkglass.transcript import Pairs, Release, View
 
 SMALLEST_PROBABILITY: Final = 1e-6
@@ -44,6 +45,8 @@ def features(view: View) -> Features:
         blocks.append([part_NE.clamp_min(SMALLEST_PROBABILITY).log() for part_NE in entitled])
     if not any(block[0].numel() for block in blocks):  # a party that saw nothing: one coordinate that never moves
         blocks = [[torch.zeros(len(part), 1, dtype=torch.float64) for part in rows]]
+    if not all(bool(torch.isfinite(part).all()) for block in blocks for part in block):
+        raise AuditError("activations or entitled values: not all values are finite (NaN or infinity)")
     return Features(*(torch.cat(parts, dim=1) for parts in zip(*map(_scaled, blocks), strict=True)))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.features import Features, as_records, features, flat
+from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.transcript import View
 
@@ -51,33 +52,37 @@ def fit_ridge(view: View, inputs: Features) -> RidgeFit:
     probe = inputs.validation_NF if few_features else inputs.validation_NF @ x_NF.T
     unit = system.diagonal().mean().item() or 1.0
 
-    best_error, best_penalty, solution, factor, worse = float("inf"), PENALTIES[0], right, system, 0
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    worse = 0
     for penalty in PENALTIES:
-        factor_here = shifted_factor(system, penalty * unit)
-        if factor_here is None:
+        factor = shifted_factor(system, penalty * unit)
+        if factor is None:
             break
-        solution_here = torch.cholesky_solve(right, factor_here)
-        guess = as_records(probe @ solution_here + mean_P, view)
+        solution = torch.cholesky_solve(right, factor)
+        guess = as_records(probe @ solution + mean_P, view)
         error = squared_errors(guess, view.validation.records).mean().item()
-        if error < best_error:
-            best_error, best_penalty, solution, factor, worse = error, penalty, solution_here, factor_here, 0
+        if best is None or error < best[0]:
+            best, worse = (error, penalty, solution, factor), 0
         else:
             worse += 1
             if worse == WORSE_IN_A_ROW:
                 break
+    if best is None:
+        raise AuditError("ridge: the known activations are too large to compute with; expected finite, sane values")
+    _, penalty, solution, factor = best
 
     weights_FP = solution if few_features else x_NF.T @ solution
     residuals_NP = y_NP - x_NF @ weights_FP
     if few_features:
         leverage_N = torch.linalg.solve_triangular(factor, x_NF.T, upper=False).square().sum(0)
     else:
-        leverage_N = 1 - best_penalty * unit * torch.cholesky_inverse(factor).diagonal()
+        leverage_N = 1 - penalty * unit * torch.cholesky_inverse(factor).diagonal()
     left_N = (1 - leverage_N - 1 / len(x_NF)).clamp_min(1e-9)  # 1 / N: the mean is fitted too
     return RidgeFit(
         left_out_NP=y_NP - residuals_NP / left_N[:, None] + mean_P,
         validation_NP=inputs.validation_NF @ weights_FP + mean_P,
         target_TP=inputs.target_TF @ weights_FP + mean_P,
-        penalty=best_penalty,
+        penalty=penalty,
     )
 
 

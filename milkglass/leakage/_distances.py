@@ -49,6 +49,7 @@ class Laplacian:
         product_ND = x_ND.new_empty(n, d)
         for start, stop, block in _blocks(x_ND, shift=_is_far(x_ND)):
             product_ND[:, start:stop].addmm_(self.matrix_NN, block, beta=0, alpha=scale)
+            del block  # its scratch space is needed below
         for chunk in _chunks(self.rows_P, n * n, d):
             rows_P, columns_P = self.rows_P[chunk], self.columns_P[chunk]
             force_PD = x_ND[rows_P].sub_(x_ND[columns_P]).mul_(self.weights_P[chunk, None] * scale)

@@ -99,7 +99,7 @@ def test_pictures_are_flattened(name: str) -> None:
 
 
 @every_statistic
-@pytest.mark.parametrize(("n", "offset"), [(4, 0.0), (9, 0.0), (9, 100.0)])
+@pytest.mark.parametrize(("n", "offset"), [(4, 0.0), (9, 100.0)])
 def test_gradcheck(name: str, n: int, offset: float) -> None:
     x, z = _related(n, 3, 5)
     assert torch.autograd.gradcheck(lambda z: STATISTICS[name](x, z), (z + offset).requires_grad_())

@@ -1,0 +1,289 @@
+"""The audit judges itself: doors that are open, closed and half open, and attacks that are broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import ClassVar, final
+
+import pytest
+import torch
+from torch import Tensor
+
+from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.decoder import Decoder
+from milkglass.attacks.kernel_ridge import KernelRidge
+from milkglass.attacks.mean_record import MeanRecord
+from milkglass.attacks.ridge import Ridge
+from milkglass.audit import Audit, audit, parse_budget
+from milkglass.errors import AuditError
+from milkglass.transcript import Pairs, Release, Trial, View
+
+QUICK: tuple[Attack, ...] = (MeanRecord(), Ridge(), KernelRidge(), Decoder(steps=20, width=8))
+COUNT, CLASSES = 600, 4
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def world() -> tuple[Tensor, Tensor]:
+    """Pictures of 8 x 8 in four classes, and soft class probabilities as entitled values."""
+    draws = generator()
+    labels = torch.randint(CLASSES, (COUNT,), generator=draws)
+    patterns = torch.rand(CLASSES, 1, 8, 8, generator=draws)
+    records = (0.5 * patterns[labels] + 0.5 * torch.rand(COUNT, 1, 8, 8, generator=draws)).clamp(0, 1)
+    logits = 4 * torch.nn.functional.one_hot(labels, CLASSES) + torch.randn(COUNT, CLASSES, generator=draws)
+    return records, logits.softmax(1)
+
+
+def trial_of(activations: Tensor, exposure: str = "fresh") -> Trial:
+    records, entitled = world()
+
+    def pairs(rows: slice) -> Pairs:
+        return Pairs(activations[rows], records[rows], entitled[rows])
+
+    view = View(pairs(slice(300)), pairs(slice(300, 400)), Release(activations[400:], entitled[400:]))
+    return Trial(replace(view, exposure=exposure), records[400:])  # type: ignore[arg-type]
+
+
+def half_open() -> Tensor:
+    """Every second pixel crosses, in disorder."""
+    return world()[0].flatten(1)[:, torch.randperm(64, generator=generator(3))[:32]]
+
+
+@final
+class Noise(Attack):
+    """A broken attack."""
+
+    name: ClassVar[str] = "noise"
+    learned: ClassVar[bool] = True
+
+    def attack(self, view: View) -> Reconstruction:
+        draws = generator(9)
+        validation, target = (
+            torch.rand(len(rows), *view.known.records.shape[1:], generator=draws)
+            for rows in (view.validation, view.target)
+        )
+        return Reconstruction(validation, target, 0.0)
+
+
+@final
+class Returns(Attack):
+    """An attack that returns a constant, in whatever shape."""
+
+    name: ClassVar[str] = "returns"
+
+    def __init__(self, value: float, *shape: int) -> None:
+        self._value, self._shape = value, shape
+
+    def attack(self, view: View) -> Reconstruction:
+        shape = self._shape or tuple(view.known.records.shape[1:])
+        return Reconstruction(
+            torch.full((len(view.validation), *shape), self._value),
+            torch.full((len(view.target), *shape), self._value),
+            0.0,
+        )
+
+
+@pytest.fixture(scope="module")
+def half() -> Audit:
+    return audit([trial_of(half_open())], attacks=QUICK, budget=0.3)
+
+
+def test_all_controls_pass_for_the_suite(half: Audit) -> None:
+    assert set(half.controls) == {"identity", "identity_rotated", "independent", "gaussian"}
+    assert all(result.passed for result in half.controls.values())
+    assert half.controls["identity"].value > 0.99
+    assert half.controls["identity_rotated"].value > 0.99
+    assert -0.02 < half.controls["independent"].value <= 0.05
+    assert 0.9 <= half.controls["gaussian"].value <= 1.1
+
+
+def test_half_of_the_pixels_is_about_half_of_the_peek(half: Audit) -> None:
+    assert half.peek.low < half.peek.value < half.peek.high
+    assert half.peek.value == pytest.approx(0.5, abs=0.06)
+    assert half.verdict == "over budget"
+    assert half.error_entitled == pytest.approx(0.25 / 12, rel=0.15)  # what the class leaves of a pixel's variance
+
+
+def test_the_best_attack_is_the_one_that_does_best_on_validation(half: Audit) -> None:
+    best = next(score for score in half.attacks if score.name == half.best_attack)
+    assert best.peek == half.peek
+    assert [score.name for score in half.attacks] == ["mean record", "ridge", "kernel ridge", "decoder", "stack"]
+    assert half.attacks[0].peek.high < 0
+    assert half.attacks[1].match_top1 > 0.9
+    assert not any(score.undertrained for score in half.attacks)
+
+
+def test_the_file_has_the_keys_that_readers_expect(half: Audit) -> None:
+    held = json.loads(json.dumps(half.to_dict(), allow_nan=False))
+    assert set(held) == {
+        "peek", "exposures", "verdict", "budget", "best_attack", "error_entitled", "controls", "certificate", "attacks",
+        "notes",
+    }  # fmt: skip
+    assert held["peek"] == held["exposures"]["fresh"] == {
+        "value": half.peek.value, "low": half.peek.low, "high": half.peek.high,
+    }  # fmt: skip
+    assert set(held["attacks"][0]) == {
+        "name", "adversary", "knows", "exposure", "mse", "psnr_db", "ssim", "peek", "peek_low", "peek_high",
+        "match_top1", "seconds", "undertrained",
+    }  # fmt: skip
+    assert set(held["controls"]["gaussian"]) == {"value", "limit", "passed"}
+    assert held["certificate"] is None
+    assert held["attacks"][4]["peek"] == half.attacks[4].peek.value
+
+
+def test_pictures_are_the_first_targets_and_their_reconstructions(half: Audit) -> None:
+    truth = trial_of(half_open()).truth[:12]
+    assert torch.equal(half.pictures["records"], truth)
+    assert set(half.pictures) == {"records", "entitled", *(score.name for score in half.attacks)}
+    assert {picture.shape for picture in half.pictures.values()} == {truth.shape}
+    stack, entitled = ((half.pictures[name] - truth).square().mean() for name in ("stack", "entitled"))
+    assert stack < 0.7 * entitled
+
+
+def test_an_open_cut_is_seen_through_and_a_closed_one_is_not() -> None:
+    opened = audit([trial_of(world()[0])], attacks=QUICK[:2], budget=0.9)
+    assert opened.peek.low > 0.99
+    assert opened.verdict == "over budget"
+    noise = torch.randn(COUNT, 32, generator=generator(8))
+    closed = audit([trial_of(noise)], attacks=QUICK[:3], budget=0.05)
+    assert closed.verdict == "within budget"
+    assert closed.peek.high <= 0.05
+    assert closed.peek.high > -0.02  # the entitled-only decoders are in the stack
+    assert audit([trial_of(noise)], attacks=QUICK[:2]).verdict == "no budget set"
+
+
+def test_the_upper_end_of_the_interval_has_to_be_within_the_budget(half: Audit) -> None:
+    between = (half.peek.value + half.peek.high) / 2
+    trial = trial_of(half_open())
+    assert audit([trial], attacks=QUICK, budget=between).verdict == "over budget"
+    assert audit([trial], attacks=QUICK, budget=half.peek.high).verdict == "within budget"
+
+
+def test_the_worst_exposure_decides_whatever_the_order() -> None:
+    mild, bad = trial_of(torch.randn(COUNT, 8, generator=generator(8))), trial_of(half_open(), "repeated")
+    results = [audit(trials, attacks=QUICK[:2], budget=0.3) for trials in ([mild, bad], [bad, mild])]
+    for result in results:
+        assert result.verdict == "over budget"
+        assert result.peek == result.exposures["repeated"]
+        assert result.exposures["fresh"].high < 0.05
+        assert {score.exposure for score in result.attacks} == {"fresh", "repeated"}
+    assert results[0].exposures == results[1].exposures
+
+
+def test_a_broken_attack_is_not_the_best_and_is_named(half: Audit) -> None:
+    result = audit([trial_of(half_open())], attacks=[Noise(), *QUICK[:2]], budget=0.3)
+    assert result.best_attack in ("ridge", "stack")
+    assert [score.name for score in result.attacks if score.undertrained] == ["noise"]
+    assert any("noise is undertrained" in note for note in result.notes)
+    assert result.peek.value == pytest.approx(half.peek.value, abs=0.05)
+
+
+def test_a_suite_of_broken_attacks_is_inconclusive_and_never_within_budget() -> None:
+    for broken in (Noise(), Returns(0.5), MeanRecord()):
+        result = audit([trial_of(half_open())], attacks=[broken], budget=1.0)
+        assert result.verdict == "inconclusive"
+        assert not result.controls["identity"].passed
+        assert not result.controls["gaussian"].passed
+        assert any("control identity failed" in note for note in result.notes)
+
+
+def test_an_attack_that_is_astray_from_test_records_is_inconclusive() -> None:
+    """Good on validation, far off on the target: the interval lies wholly below zero."""
+
+    @final
+    class Astray(Attack):
+        name: ClassVar[str] = "astray"
+
+        def attack(self, view: View) -> Reconstruction:
+            if not view.known.activations[0].numel():
+                return MeanRecord().attack(view)
+            made = Ridge().attack(view)
+            is_the_cut = view.known.activations.shape[1:] == (32,) and view.known.records.ndim == 4
+            return replace(made, target=torch.zeros_like(made.target)) if is_the_cut else made
+
+    result = audit([trial_of(half_open())], attacks=[Astray()], budget=1.0)
+    assert result.controls["identity"].passed
+    assert result.peek.high < -0.02
+    assert result.verdict == "inconclusive"
+    assert any("clearly worse" in note for note in result.notes)
+
+
+def test_values_that_are_not_finite_leave_an_attack_out() -> None:
+    result = audit([trial_of(half_open())], attacks=[Returns(float("nan")), *QUICK[:2]])
+    assert "returns" not in {score.name for score in result.attacks}
+    assert any("returns is left out" in note for note in result.notes)
+    with pytest.raises(AuditError, match="no attack gave"):
+        audit([trial_of(half_open())], attacks=[Returns(float("nan"))])
+
+
+def test_an_attack_is_never_handed_the_truth() -> None:
+    trial = trial_of(half_open())
+    seen: list[View] = []
+
+    @final
+    class Watches(Attack):
+        name: ClassVar[str] = "watches"
+
+        def attack(self, view: View) -> Reconstruction:
+            seen.append(view)
+            return Ridge().attack(view)
+
+    audit([trial], attacks=[Watches()])
+    # answer alone, the cut, independent, identity, rotated, gaussian
+    assert len(seen) == 6
+    truth = trial.truth.flatten(1)
+    told = [view for view in seen if any(_holds(part, truth) for part in _tensors(view))]
+    assert len(told) == 1  # the identity control: there the records cross the cut, that is its point
+    assert torch.equal(told[0].target.activations, trial.truth)
+
+
+def _tensors(view: View) -> list[Tensor]:
+    parts = (view.known, view.validation, view.target)
+    return [tensor for part in parts for tensor in vars(part).values()]
+
+
+def _holds(tensor: Tensor, truth: Tensor) -> bool:
+    """Whether any row is one of the true records."""
+    rows = tensor.flatten(1)
+    return rows.shape[1] == truth.shape[1] and bool((rows[:, None] == truth[None]).all(2).any())
+
+
+def test_the_same_seed_gives_the_same_audit_and_progress_ends() -> None:
+    ticks: list[tuple[int, int, str]] = []
+    trial = trial_of(half_open())
+    one = audit([trial], attacks=QUICK[:2], seed=3, progress=lambda *tick: ticks.append(tick))
+    two, other = (audit([trial], attacks=QUICK[:2], seed=seed) for seed in (3, 4))
+    assert (one.peek, one.controls) == (two.peek, two.controls)
+    assert one.peek != other.peek
+    assert [done for done, _, _ in ticks] == list(range(ticks[0][1] + 1))
+
+
+def test_bad_trials_and_suites_are_refused() -> None:
+    trial = trial_of(half_open())
+    infinite = replace(trial, truth=torch.full_like(trial.truth, float("inf")))
+    with pytest.raises(AuditError, match="no trials"):
+        audit([])
+    with pytest.raises(AuditError, match="no attacks"):
+        audit([trial], attacks=[])
+    with pytest.raises(AuditError, match="one per exposure"):
+        audit([trial, trial], attacks=QUICK)
+    with pytest.raises(AuditError, match="different names"):
+        audit([trial], attacks=[Ridge(), Ridge()])
+    with pytest.raises(AuditError, match="all values finite"):
+        audit([infinite], attacks=QUICK)
+    with pytest.raises(AuditError, match=r"'returns': its validation .* \(100, 3\); expected \(100, 1, 8, 8\)"):
+        audit([trial], attacks=[Returns(0.0, 3)])
+
+
+@pytest.mark.parametrize(("text", "limit"), [("peek<=0.3", 0.3), (" peek <= .10 ", 0.1), ("peek<=1e-2", 0.01)])
+def test_budgets(text: str, limit: float) -> None:
+    assert parse_budget(text) == limit
+
+
+@pytest.mark.parametrize("text", ["", "0.3", "peek<0.3", "peak<=0.3", "peek<=", "peek<=nan", "peek<=1.5", "peek<=-1"])
+def test_budgets_that_are_not_understood(text: str) -> None:
+    with pytest.raises(AuditError, match="budget .*peek"):
+        parse_budget(text)

@@ -1,0 +1,128 @@
+"""From a finished run to the views that attacks read: the right records, the run's own weights, fresh noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from milkglass.attacks.base import Attack
+from milkglass.attacks.mean_record import MeanRecord
+from milkglass.attacks.ridge import Ridge
+from milkglass.cli import main
+from milkglass.cuts import cut
+from milkglass.errors import RunError
+from milkglass.networks import build
+from milkglass.randomness import Source, public_source
+from milkglass.recipe import Recipe
+from milkglass.replay import find_reference, load_parties, replay
+from milkglass.runs import RunFolder
+from milkglass.training.split import deal_records, train
+from tests.helpers import KEY, small_recipe
+
+
+def _trained(path: Path, recipe: Recipe, key: Source | None = None) -> RunFolder:
+    train(recipe, path, key)
+    return RunFolder.open_finished(path)
+
+
+def test_a_view_holds_the_right_records_released_by_the_trained_client(tmp_path: Path) -> None:
+    recipe = small_recipe(defense={"nopeek": {"weight": 0.5}})
+    run = _trained(tmp_path / "run", recipe, Source(KEY))
+    reference = find_reference(run)
+    replayed = replay(run, reference)
+    records, (trial,) = deal_records(recipe), replayed.trials
+    assert trial.view.exposure == "fresh"
+    assert torch.equal(trial.truth, records.test.x)
+    model = build("mlp", records.record_shape, records.classes, {"hidden": [16, 8]}, public_source(0).generator("w"))
+    bottom, _ = cut(model, "hidden1")
+    bottom.load_state_dict(run.read_tensors("bottom.safetensors"))
+    for pairs, part in ((trial.view.known, records.auxiliary), (trial.view.validation, records.validation)):
+        assert torch.equal(pairs.records, part.x)
+        assert torch.equal(pairs.activations, bottom(part.x))
+    assert torch.equal(trial.view.target.activations, bottom(records.test.x))
+    assert trial.view.release is not None
+    assert torch.equal(trial.view.release(records.auxiliary.x[:3]), bottom(records.auxiliary.x[:3]))
+
+
+def test_entitled_are_the_undefended_references_answer_and_the_label(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe(defense={"nopeek": {"weight": 0.5}}))
+    reference = find_reference(run)
+    assert reference.recipe == small_recipe() or reference.recipe.digest() == small_recipe().digest()
+    (trial,) = replay(run, reference).trials
+    setup = load_parties(reference)
+    logits = setup.server.stage(setup.client.stage(setup.records.test.x))
+    expected = torch.cat([logits.softmax(1), F.one_hot(setup.records.test.y, 10).float()], dim=1)
+    torch.testing.assert_close(trial.view.target.entitled, expected)
+    assert replay(run, reference).reference_accuracy == reference.read_json("summary.json")["accuracy"]
+
+
+def test_the_reference_is_trained_once_and_named_ones_are_checked(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe(defense={"nopeek": {"weight": 0.5}}))
+    reference = find_reference(run)
+    before = (reference.path / "summary.json").stat().st_mtime_ns
+    assert find_reference(run).path == reference.path
+    assert (reference.path / "summary.json").stat().st_mtime_ns == before
+    assert find_reference(reference).path == reference.path  # undefended: its own reference
+    assert find_reference(run, reference.path).path == reference.path
+    with pytest.raises(RunError, match=r"not the undefended run of the same recipe: defense\.nopeek"):
+        find_reference(run, run.path)
+    other = _trained(tmp_path / "other", small_recipe(seed=1))
+    with pytest.raises(RunError, match="seed is 0 here and 1 there"):
+        find_reference(run, other.path)
+
+
+def test_where_releases_differ_they_are_also_shown_repeated(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe(defense={"noise": {"sigma": 2.0}}))
+    fresh, repeated = replay(run, find_reference(run)).trials
+    assert (fresh.view.exposure, repeated.view.exposure) == ("fresh", "repeated")
+    setup = load_parties(run)
+    clean = setup.client.stage(setup.records.test.x).detach()
+    for trial, sigma in ((fresh, 2.0), (repeated, 2.0 / 10**0.5)):
+        noise = trial.view.target.activations - clean
+        assert noise.std().item() == pytest.approx(sigma, rel=0.1)
+    again = replay(run, find_reference(run)).trials[0]
+    assert torch.equal(again.view.target.activations, fresh.view.target.activations)  # an audit can be repeated
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe())
+    run.write_tensors("bottom.safetensors", {"hidden1.0.weight": torch.zeros(3, 3)})
+    with pytest.raises(RunError, match=r"bottom\.safetensors: not this recipe's weights"):
+        replay(run, run)
+
+
+@pytest.mark.parametrize(
+    ("budget", "attacks", "code", "verdict"),
+    [
+        ([], (MeanRecord(), Ridge()), 0, "no budget set"),
+        (["--budget", "peek<=1"], (MeanRecord(), Ridge()), 0, "within budget"),
+        (["--budget", "peek<=0.001"], (MeanRecord(), Ridge()), 3, "over budget"),
+        (["--budget", "peek<=1"], (MeanRecord(),), 4, "inconclusive"),
+    ],
+)
+def test_exit_codes_of_the_audit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: list[str],
+    attacks: tuple[Attack, ...],
+    code: int,
+    verdict: str,
+) -> None:
+    monkeypatch.setattr("milkglass.audit.default_attacks", lambda _seed=0: attacks)
+    run = _trained(tmp_path / "run", small_recipe(training={"epochs": 8, "batch_size": 32, "learning_rate": 1e-2}))
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", str(run.path), *budget])
+    assert (stop.value.code or 0) == code
+    written = json.loads((run.path / "audit.json").read_text())
+    assert written["verdict"] == verdict
+    assert written["peek"]["low"] <= written["peek"]["value"] <= written["peek"]["high"]
+    assert {"identity", "independent", "gaussian"} <= written["controls"].keys()
+    assert {"exposures", "error_entitled", "certificate", "attacks"} <= written.keys()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(run.path)])
+    assert not stop.value.code
+    assert verdict in (run.path / "report.html").read_text()
