@@ -67,6 +67,8 @@ def train(
     out = out or Path("runs") / recipe.stem
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
+    for caution in summary["cautions"]:
+        _say(f"milkglass: note: {caution}")
     dependence = summary["distance_correlation"]
     print(
         f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, distance correlation "

@@ -285,5 +285,5 @@ def test_budgets(text: str, limit: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0.3", "peek<0.3", "peak<=0.3", "peek<=", "peek<=nan", "peek<=1.5", "peek<=-1"])
 def test_budgets_that_are_not_understood(text: str) -> None:
-    with pytest.raises(AuditError, match="budget .*peek"):
+    with pytest.raises(AuditError, match=r"budget .*peek"):
         parse_budget(text)

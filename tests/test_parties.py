@@ -56,7 +56,7 @@ GOOD = {"gradient": torch.zeros(6, 3), "loss": torch.tensor(1.0), "right": torch
         ("gradients", {"right": torch.zeros(2)}, "expected a number 'right'"),
     ],
 )
-def test_a_client_checks_every_answer(kind: Kind, changes: Mapping[str, Any], words: str) -> None:
+def test_a_client_checks_every_answer(kind: Kind, changes: dict[str, Any], words: str) -> None:
     tensors = {name: tensor for name, tensor in (GOOD | changes).items() if isinstance(tensor, Tensor)}
     bottom, _ = _stages()
     before = bottom.weight.clone()

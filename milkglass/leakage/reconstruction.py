@@ -85,7 +85,8 @@ def ssim(reconstructions: Tensor, records: Tensor) -> float | None:
     """Mean structural similarity (Wang et al. 2004) of pictures (N, C, H, W) in [0, 1]; 1 = the same picture.
 
     The usual Gaussian window (11 pixels, sigma 1.5); pictures narrower or lower than 16 pixels, such as the 8 x 8
-    digits, take one of 7 pixels (sigma 0.8). None for flat records and for pictures below 8 pixels.
+    digits, take one of 7 pixels (sigma 0.8). Pictures are mirrored at their edges, and all of their pixels count, where
+    others leave out a margin. None for flat records and for pictures below 8 pixels.
     """
     if records.ndim != 4 or min(records.shape[2:]) < 8:
         return None

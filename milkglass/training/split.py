@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from milkglass.cuts import check_stages, cut, flops_per_sample
+from milkglass.cuts import Caution, Stages, check_stages, cut, flops_per_sample
 from milkglass.data import Deal, deal, load
 from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
@@ -42,6 +42,7 @@ class Setup:
     client: Client
     server: Server
     transport: Transport
+    cautions: tuple[Caution, ...]
 
     @property
     def defense(self) -> str:
@@ -97,20 +98,22 @@ def defenses(recipe: Recipe) -> list[Defense]:
     return chosen
 
 
-def stages(recipe: Recipe, records: Deal, private: Source) -> tuple[nn.Module, nn.Module]:
-    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed."""
+def stages(recipe: Recipe, records: Deal, private: Source) -> Stages:
+    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed.
 
-    def halves(source: Source) -> tuple[nn.Module, nn.Module]:
+    Raises CutError where the two would share weights: each party draws, holds and trains its own.
+    """
+
+    def drawn_from(source: Source) -> Stages:
         network = recipe.network
         model = build(
             network.name, records.record_shape, records.classes, network.settings, source.generator("weights")
         )
-        return cut(model, at=recipe.cut.at)
+        halves = cut(model, at=recipe.cut.at)
+        check_stages(*halves)  # before one half of each is taken: afterwards nothing is shared any more
+        return halves
 
-    bottom, _ = halves(private)
-    _, top = halves(public_source(recipe.seed))
-    check_stages(bottom, top)
-    return bottom, top
+    return Stages(drawn_from(private).bottom, drawn_from(public_source(recipe.seed)).top)
 
 
 def set_up(
@@ -130,6 +133,7 @@ def set_up(
     records = records or deal_records(recipe)
     _check_batches(recipe, len(records.train[name]))
     bottom, top = stages(recipe, records, private)
+    cautions = tuple(check_stages(bottom, top))
     server = Server(
         top,
         _optimizer(recipe, top),
@@ -138,7 +142,7 @@ def set_up(
     )
     transport = wrap(LocalTransport(server))
     client = Client(bottom, _optimizer(recipe, bottom), transport, defenses=defenses(recipe), name=name, source=private)
-    return Setup(recipe, records, client, server, transport)
+    return Setup(recipe, records, client, server, transport, cautions)
 
 
 def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
@@ -238,6 +242,7 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
             "validation": len(records.validation),
             "test": len(records.test),
         },
+        "cautions": [f"{caution.layer}: {caution.reason}; {caution.way_out}" for caution in setup.cautions],
         "recipe_digest": setup.recipe.digest(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from milkglass.errors import DataError, EgressError, MilkglassError, RunError
+from milkglass.errors import CutError, DataError, EgressError, MilkglassError, RunError
 from milkglass.messages import Message
 from milkglass.parties import StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
@@ -233,6 +234,31 @@ def with_dropout(record_shape: tuple[int, ...], classes: int) -> torch.nn.Module
     for name, layer in layers.items():
         model.add_module(name, layer)
     return model
+
+
+def tied(record_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """A factory whose first and third layer are one."""
+    model = with_dropout(record_shape, classes)
+    square = torch.nn.Linear(12, 12)
+    layers = [*[*model.children()][:2], square, torch.nn.ReLU(), square, torch.nn.Linear(12, classes)]
+    names = ("flatten", "first", "one", "act", "same", "last")
+    return torch.nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
+
+
+def normed(record_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """A factory with BatchNorm in the client's stage."""
+    layers = [*with_dropout(record_shape, classes).children()]
+    named = {"flatten": layers[0], "first": layers[1], "norm": torch.nn.BatchNorm1d(12), "last": layers[-1]}
+    return torch.nn.Sequential(OrderedDict(named))
+
+
+def test_weights_shared_across_the_cut_are_refused_and_batchnorm_is_told(tmp_path: Path) -> None:
+    recipe = small_recipe(network={"name": "tests.training.test_split:tied"}, cut={"at": "one"})
+    with pytest.raises(CutError, match=r"one.*|same"):
+        train(recipe, tmp_path / "tied")
+    recipe = small_recipe(network={"name": "tests.training.test_split:normed"}, cut={"at": "norm"})
+    summary = train(recipe, tmp_path / "normed")
+    assert any("norm: BatchNorm in the client's stage" in caution for caution in summary["cautions"])
 
 
 def test_resume_under_another_key_is_refused(tmp_path: Path) -> None:
