@@ -11,27 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from milkglass.parties import StepResult
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
+class _Watch:
+    """What both have: a bar that is drawn only on a terminal. `_task` is None in a log."""
 
-
-@final
-class TrainingProgress:
-    """Loss, accuracy and the current distance correlation of a training, by batch and by epoch."""
-
-    def __init__(self, epochs: int, what: str = "training") -> None:
-        self._epochs = epochs
-        self._what = what
-        self._bar = _bar()
-        self._task = None if not self._bar.console.is_terminal else self._bar.add_task(what, total=None, note="")
-        self._dependence = "distance correlation not measured yet"
+    def __init__(self, what: str) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(what, total=None, note="") if self._bar.console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._task is not None:
@@ -43,6 +35,20 @@ class TrainingProgress:
     ) -> None:
         if self._task is not None:
             self._bar.stop()
+
+    def _log(self, line: str) -> None:
+        self._bar.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@final
+class TrainingProgress(_Watch):
+    """Loss, accuracy and the current distance correlation of a training, by batch and by epoch."""
+
+    def __init__(self, epochs: int, what: str = "training") -> None:
+        super().__init__(what)
+        self._epochs = epochs
+        self._what = what
+        self._dependence = "distance correlation not measured yet"
 
     def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
         """Move the bar; the penalty is the weighted one of this batch."""
@@ -60,36 +66,22 @@ class TrainingProgress:
         """Note what the test records showed after an epoch."""
         self._dependence = f"distance correlation {line['distance_correlation']['squared_unbiased']:.3f}"
         if self._task is None:
-            self._bar.console.print(
+            self._log(
                 f"{self._what}: epoch {line['epoch']} of {self._epochs}: loss {line['loss']:.3f}, test accuracy "
-                f"{line['accuracy']:.3f}, {self._dependence}",
-                soft_wrap=True,
-                highlight=False,
+                f"{line['accuracy']:.3f}, {self._dependence}"
             )
 
 
 @final
-class AuditProgress:
+class AuditProgress(_Watch):
     """Which attack of an audit is at work."""
 
     def __init__(self) -> None:
-        self._bar = _bar()
-        self._task = None if not self._bar.console.is_terminal else self._bar.add_task("audit", total=None, note="")
-
-    def __enter__(self) -> Self:
-        if self._task is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._task is not None:
-            self._bar.stop()
+        super().__init__("audit")
 
     def __call__(self, done: int, total: int, note: str) -> None:
         """`done` of `total` pieces of work are done; `note` says what comes now."""
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
         else:
-            self._bar.console.print(f"audit: {done} of {total}: {note}", soft_wrap=True, highlight=False)
+            self._log(f"audit: {done} of {total}: {note}")
