@@ -13,6 +13,7 @@ from .leakage.distance_correlation import linear_distance_correlation as linear_
 from .leakage.distance_correlation import permutation_floor as permutation_floor
 from .leakage.distance_correlation import u_distance_correlation_sqr as u_distance_correlation_sqr
 from .leakage.distance_correlation import u_distance_covariance_sqr as u_distance_covariance_sqr
+from .leakage.streaming import streaming_distance_correlation as streaming_distance_correlation
 from .messages import Message as Message
 from .parties import Client as Client
 from .parties import Server as Server
