@@ -83,6 +83,10 @@ def audit(
     reference: Annotated[
         Path | None, typer.Option(metavar="RUN", help="The undefended run of the same recipe; default: trained once.")
     ] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Only these; the mean record, ridge and stack are always there."),
+    ] = None,
     budget: Annotated[str | None, typer.Option(metavar="'peek<=0.3'", help="What the run may show at most.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")
@@ -92,6 +96,7 @@ def audit(
 
     Exit code 0: within the budget, or none set. 3: over it. 4: inconclusive, the attacks failed their own controls.
     """
+    from milkglass.attacks.suite import choose_attacks, default_attacks
     from milkglass.audit import audit as audit_trials
     from milkglass.audit import parse_budget
     from milkglass.progress import AuditProgress, TrainingProgress
@@ -101,11 +106,14 @@ def audit(
 
     limit = parse_budget(budget) if budget is not None else None
     folder = RunFolder.open_finished(run)
+    suite = default_attacks(folder.recipe.seed)
+    if attacks is not None:
+        suite = choose_attacks(attacks.split(","), suite)
     with TrainingProgress(folder.recipe.training.epochs, "reference") as progress:
         undefended = find_reference(folder, reference, progress)
     replayed = replay(folder, undefended)
     with computing_with(folder.recipe.threads), AuditProgress() as watch:
-        found = audit_trials(replayed.trials, budget=limit, seed=folder.recipe.seed, progress=watch)
+        found = audit_trials(replayed.trials, attacks=suite, budget=limit, seed=folder.recipe.seed, progress=watch)
     content = found.to_dict() | {
         "defense": replayed.defense,
         "reference": str(undefended.path),

@@ -6,7 +6,7 @@ Legend: N records, T targets, D activation values a record, E entitled values a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal, final
 
 import torch
@@ -94,19 +94,6 @@ class View:
     target: Release
     exposure: Exposure = "fresh"
     release: Callable[[Tensor], Tensor] | None = None
-
-    def entitled_only(self) -> View:
-        """The same view of a party that saw nothing but what it was entitled to."""
-
-        def blind(pairs: Pairs) -> Pairs:
-            return replace(pairs, activations=pairs.entitled, entitled=pairs.entitled[:, :0])
-
-        return View(
-            known=blind(self.known),
-            validation=blind(self.validation),
-            target=Release(self.target.entitled, self.target.entitled[:, :0]),
-            exposure=self.exposure,
-        )
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_exit_codes_of_the_audit(
     code: int,
     verdict: str,
 ) -> None:
-    monkeypatch.setattr("milkglass.audit.default_attacks", lambda _seed=0: attacks)
+    monkeypatch.setattr("milkglass.attacks.suite.default_attacks", lambda _seed=0: attacks)
     run = _trained(tmp_path / "run", small_recipe(training={"epochs": 8, "batch_size": 32, "learning_rate": 1e-2}))
     with pytest.raises(SystemExit) as stop:
         main(["audit", str(run.path), *budget])
@@ -126,3 +126,17 @@ def test_exit_codes_of_the_audit(
         main(["report", str(run.path)])
     assert not stop.value.code
     assert verdict in (run.path / "report.html").read_text()
+
+
+def test_attacks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _trained(tmp_path / "run", small_recipe())
+    with pytest.raises(SystemExit):
+        main(["audit", str(run.path), "--attacks", "kernel ridge", "--out", str(tmp_path / "elsewhere")])
+    assert not (run.path / "audit.json").exists()
+    written = json.loads((tmp_path / "elsewhere" / "audit.json").read_text())
+    assert {row["name"] for row in written["attacks"]} == {"mean record", "ridge", "kernel ridge", "stack"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", str(run.path), "--attacks", "rigde"])
+    assert stop.value.code == 2
+    assert "did you mean 'ridge'?" in capsys.readouterr().err
