@@ -116,6 +116,7 @@ def audit(
         found = audit_trials(replayed.trials, attacks=suite, budget=limit, seed=folder.recipe.seed, progress=watch)
     content = found.to_dict() | {
         "defense": replayed.defense,
+        "accuracy": folder.read_json("summary.json")["accuracy"],
         "reference": str(undefended.path),
         "reference_accuracy": replayed.reference_accuracy,
     }
@@ -127,7 +128,8 @@ def audit(
     print(
         f"{run}: {found.verdict}{'' if budget is None else f' ({budget})'}: defense {replayed.defense}; peek "
         f"{found.peek.value:.3f}, 95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack "
-        f"{found.best_attack}; reference accuracy {replayed.reference_accuracy:.3f}"
+        f"{found.best_attack}; accuracy {content['accuracy']:.3f}, "
+        f"of the undefended reference {replayed.reference_accuracy:.3f}"
     )
     raise typer.Exit(EXIT_BY_VERDICT[found.verdict])
 

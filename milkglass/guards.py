@@ -42,10 +42,11 @@ class EgressGuard:
                 raise EgressError(
                     f"{message.kind!r}: {name} holds a record as it is; cut the network behind a layer that computes"
                 )
-            if tensor.is_floating_point() and not _finite(tensor):
+            if tensor.is_floating_point() and not finite(tensor):
                 raise EgressError(f"{message.kind!r}: {name} is not finite (NaN or infinity); training has diverged")
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # a sum is finite only if its terms are, and costs a sixtieth of asking each; only an overflowing sum must ask
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

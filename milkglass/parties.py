@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from milkglass.codec import shapes
 from milkglass.defenses.base import Defense, NoiseStream
 from milkglass.errors import MessageError, MilkglassError, RunError
-from milkglass.guards import EgressGuard
+from milkglass.guards import EgressGuard, finite
 from milkglass.messages import Message
 from milkglass.randomness import Source, drawing_from
 from milkglass.transports.base import Transport
@@ -110,6 +110,13 @@ class Client(_Party):
         self.steps = int(state["steps"])
         self.noise.block = int(state["noise_block"])
 
+    def check_egress(self, x: Tensor) -> None:
+        """Raise EgressError if a release of records `x` (B, ...) would be refused. Nothing is sent, or counted."""
+        block = self.noise.block
+        z = self.release(x)
+        self.noise.block = block  # what was drawn never left, so it may be drawn again
+        self._guard.check(Message("queries", self.name, self.steps, {"activations": z}), x)
+
     def step(self, x: Tensor, y_B: Tensor) -> StepResult:
         """Train on one batch: records `x` (B, ...) and labels `y_B` (B,)."""
         z = self._release(x, training=True)
@@ -122,6 +129,8 @@ class Client(_Party):
                 f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate"
             )
         dz = _expect(answer, "gradient", z)
+        if not finite(dz):
+            raise MessageError(f"step {self.steps}: the server sent a gradient that is not finite (NaN or infinity)")
         for defense in self.defenses:
             dz = defense.returned(dz)
         if self.optimizer is not None:

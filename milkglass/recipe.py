@@ -192,10 +192,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from None
-    for key in ("path", "test_path"):
-        data = tables.get("data")
-        if isinstance(data, dict) and isinstance(data.get(key), str):
-            data[key] = str((path.parent / data[key]).resolve())
+    _resolve_paths(tables, path.parent)
     for override in overrides:
         _set(tables, override)
     return parse_recipe(tables, where=f"recipe {path}")
@@ -288,8 +285,6 @@ def _set(tables: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a text
-    if parts in (["data", "path"], ["data", "test_path"]) and isinstance(value, str):
-        value = str(Path(value).resolve())
     table = tables
     for part in parts[:-1]:
         inner = table.setdefault(part, {})
@@ -297,6 +292,14 @@ def _set(tables: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override!r}: {part} is a value, not a table")
         table = inner
     table[parts[-1]] = value
+    _resolve_paths(tables, Path.cwd())  # those of the file are absolute by now
+
+
+def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
+    data = tables.get("data")
+    for key in ("path", "test_path"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = str((folder / data[key]).resolve())
 
 
 def _one_line(error: ValidationError) -> str:

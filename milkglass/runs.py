@@ -59,6 +59,8 @@ class RunFolder:
                 raise RunError(f"run folder {path}: holds a run that was stopped; go on with --resume, or remove it")
             if any(not file.name.endswith(".partial") for file in path.iterdir()):
                 raise RunError(f"run folder {path}: exists and holds other files; choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)  # it will hold the client's weights, and an audit's pictures of records
         folder = cls(path, recipe)
         versions = {name: _version(name) for name in _VERSIONED}
         folder.write("recipe.toml", recipe.model_copy(update={"versions": versions}).to_toml().encode())

@@ -52,6 +52,7 @@ GOOD = {"gradient": torch.zeros(6, 3), "loss": torch.tensor(1.0), "right": torch
         ("gradients", {"gradient": None}, "expected a gradient of shape"),
         ("gradients", {"gradient": torch.zeros(6, 4)}, "gradient float32 6x4"),
         ("gradients", {"gradient": torch.zeros(6, 3).double()}, "gradient float64 6x3"),
+        ("gradients", {"gradient": torch.full((6, 3), torch.nan)}, "a gradient that is not finite"),
         ("gradients", {"loss": None}, "expected a number 'loss'"),
         ("gradients", {"right": torch.zeros(2)}, "expected a number 'right'"),
     ],

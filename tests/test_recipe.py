@@ -107,7 +107,9 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "r.toml").write_text('[data]\npath="a.npz"\n[network]\nname="cnn"\n[cut]\nat="x"\n')
     assert load_recipe(tmp_path / "r.toml").data.path == str(tmp_path / "a.npz")
     monkeypatch.chdir(tmp_path.parent)
-    assert load_recipe(tmp_path / "r.toml", ["data.path=b.npz"]).data.path == str(tmp_path.parent / "b.npz")
+    for override in ("data.path=b.npz", 'data={path="b.npz"}'):
+        assert load_recipe(tmp_path / "r.toml", [override]).data.path == str(tmp_path.parent / "b.npz")
+    assert load_recipe(tmp_path / "r.toml", ["seed=3"]).data.path == str(tmp_path / "a.npz")
 
 
 def _recipe(**changes: object) -> Recipe:

@@ -175,6 +175,7 @@ def train(
     progress = progress or Silence()
     with computing_with(recipe.threads):
         setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
+        setup.client.check_egress(setup.records.train[setup.client.name].x[:8])
         folder = RunFolder.resume(out, recipe) if resume else RunFolder.create(out, recipe)
         if folder.finished:
             return folder.read_json("summary.json")

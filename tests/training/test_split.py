@@ -295,6 +295,7 @@ def test_summary_has_what_the_design_promises(tmp_path: Path) -> None:
     [
         ({"cut": {"at": "hiden1"}}, "hidden1"),
         ({"cut": {"at": "classifier"}}, "classifier"),
+        ({"cut": {"at": "flatten"}}, "holds a record as it is"),
         ({"network": {"name": "cn"}}, "'cnn'"),
         ({"network": {"name": "mlp", "settings": {"hiddn": [3]}}}, "'hidden'"),
         ({"data": {"name": "digit"}}, "digits"),
