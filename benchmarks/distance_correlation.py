@@ -1,6 +1,6 @@
 """Distance correlation, forward and backward, side by side with its peers and with the floor of its three products.
 
-    python benchmarks/distance_correlation.py [--sizes 64 256 1024 4096] [--threads 1 2] [--out results.json]
+    python -m benchmarks.distance_correlation [--sizes 64 256 1024 4096] [--threads 1 2] [--out results.json]
 
 ours    milkglass.leakage.distance_correlation.distance_correlation
 cdist   the plain `torch.cdist` version under autograd
@@ -14,11 +14,8 @@ inputs and the gradient, in units of n^2 values. Errors are those of float32 aga
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -26,6 +23,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_bytes
+from benchmarks.setting import machine_line, write_result
 from milkglass.leakage.distance_correlation import distance_correlation
 
 PATIENCE_SECONDS = 20.0  # per row of the table, after the first three rounds
@@ -40,10 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25, help="at most so many; large sizes take fewer")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     settings = parser.parse_args()
-    processor = f"{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-    machine = f"{processor}, torch {torch.__version__}"
-    date = datetime.now(UTC).date().isoformat()
-    print(f"{machine}, {date}\n")
+    print(machine_line() + "\n")
     print(
         "| threads | n | records | activations | ours, ms | cdist / ours | gram / ours | ours / floor "
         "| extra memory, n^2 | value error | gradient error |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -61,7 +57,33 @@ def main() -> None:
             flush=True,
         )
     if settings.out:
-        settings.out.write_text(json.dumps({"machine": machine, "date": date, "rows": rows}, indent=1))
+        write_result(settings.out, rows)
+    _print_bf16(n=1024, d=784, e=2048)
+
+
+def _print_bf16(n: int, d: int, e: int) -> None:
+    """What products in bf16 would save here, and what they would cost in accuracy."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.rand(n, d, generator=generator)
+    z_NE = torch.relu((x_ND - 0.5) @ torch.randn(d, e, generator=generator))
+    half_NE = z_NE.bfloat16()
+    full, half = _medians((lambda: torch.mm(z_NE, z_NE.T), lambda: torch.mm(half_NE, half_NE.T)), rounds=15)
+    rounded = [x_ND.bfloat16().float(), half_NE.float()]
+    values, gradients = [], []
+    for records, activations in ([x_ND, z_NE], rounded):
+        leaf = activations.double().requires_grad_()
+        value = distance_correlation(records.double(), leaf)
+        value.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        values.append(value.item())
+        gradients.append(leaf.grad)
+    gradient_error = torch.linalg.vector_norm(gradients[1] - gradients[0]) / torch.linalg.vector_norm(gradients[0])
+    print(
+        f"\nbf16 products, n = {n}, {d} and {e} values: {half / full:.2f} x the time of float32; inputs rounded to "
+        f"bf16 change the value by {abs(values[1] / values[0] - 1):.0e} and the gradient by "
+        f"{gradient_error.item():.0e}, relative"
+    )
 
 
 def _row(n: int, d: int, e: int, rounds: int) -> dict[str, float]:
@@ -85,8 +107,8 @@ def _row(n: int, d: int, e: int, rounds: int) -> dict[str, float]:
 
     contenders = (step(distance_correlation), step(_cdist_version), step(_gram_version), floor)
     ours, cdist, gram, lowest = _medians(contenders, rounds)
-    forward = _peak_bytes(lambda: distance_correlation(x_ND, z_NE)) / 4
-    extra = max(forward, _peak_bytes(contenders[0]) / 4 - n * e)  # what backward makes itself is the gradient (n, e)
+    forward = peak_bytes(lambda: distance_correlation(x_ND, z_NE)) / 4
+    extra = max(forward, peak_bytes(contenders[0]) / 4 - n * e)  # what backward makes itself is the gradient (n, e)
     value_error, gradient_error = _errors(x_ND, z_NE)
     return {
         "ours_ms": ours * 1e3,
@@ -99,7 +121,7 @@ def _row(n: int, d: int, e: int, rounds: int) -> dict[str, float]:
     }
 
 
-def _medians(contenders: tuple[Callable[[], None], ...], rounds: int) -> list[float]:
+def _medians(contenders: tuple[Callable[[], object], ...], rounds: int) -> list[float]:
     """Median seconds of each; they take turns, so that a busy moment of the machine hits them all."""
     seconds: list[list[float]] = [[] for _ in contenders]
     for run in contenders:
@@ -147,20 +169,6 @@ def _errors(x_ND: Tensor, z_NE: Tensor) -> tuple[float, float]:
     (value_32, gradient_32), (value_64, gradient_64) = results
     gradient_error = torch.linalg.vector_norm(gradient_32 - gradient_64) / torch.linalg.vector_norm(gradient_64)
     return abs(value_32 / value_64 - 1), gradient_error.item()
-
-
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """The most that the allocator held at one time during the run, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

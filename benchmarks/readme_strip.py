@@ -1,6 +1,6 @@
 """The picture in the README: the report's strip of the demo, as one PNG.
 
-    make demo && python -m benchmarks.readme_strip runs/demo docs/strip.png
+make demo && python -m benchmarks.readme_strip runs/demo docs/strip.png
 """
 
 from __future__ import annotations

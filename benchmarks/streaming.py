@@ -1,6 +1,6 @@
 """Streaming distance correlation of a whole data set: peak memory, time, and agreement with the direct form.
 
-    python benchmarks/streaming.py [--records 20000] [--threads 1] [--out streaming.json]
+    python -m benchmarks.streaming [--records 20000] [--threads 1] [--out streaming.json]
 
 Each measurement runs in a fresh process, so that its peak memory is its own (libraries and the data are in it).
 """
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from benchmarks.setting import machine_line, write_result
 from milkglass.leakage.distance_correlation import distance_correlation, u_distance_correlation_sqr
 from milkglass.leakage.streaming import streaming_distance_correlation
 
@@ -39,14 +38,11 @@ def main() -> None:
         print(json.dumps(_stream(settings.child, settings)))
         return
 
-    processor = f"{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-    machine = f"{processor}, torch {torch.__version__}"
-    date = datetime.now(UTC).date().isoformat()
-    print(f"{machine}, {date}, {settings.threads} thread(s)\n")
+    print(f"{machine_line()}, {settings.threads} thread(s)\n")
     print("| records | block rows | seconds | peak memory, MiB | of it before the call |\n|---|---|---|---|---|")
     runs = []
     for block_rows in settings.block_rows:
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", str(block_rows)]
+        command = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--child", str(block_rows)]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         runs.append({"block_rows": block_rows, **result})
         print(
@@ -56,8 +52,9 @@ def main() -> None:
     agreement = _compare(settings)  # last: a child's peak starts at its parent's
     print(f"\nat n = {settings.compare_at}: differs from the direct form by {agreement}")
     if settings.out:
-        report = {"machine": machine, "date": date, "threads": settings.threads, "runs": runs, "differs": agreement}
-        settings.out.write_text(json.dumps(report, indent=1))
+        write_result(
+            settings.out, [*runs, {"threads": settings.threads, "compare_at": settings.compare_at, **agreement}]
+        )
 
 
 def _data(records: int, settings: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_bytes
 from milkglass.errors import DataError
 from milkglass.leakage import distance_correlation as dc
 from milkglass.leakage.streaming import streaming_distance_correlation
@@ -290,26 +291,12 @@ def test_memory_beyond_inputs_and_gradient_is_under_four_tables_of_distances(n: 
     if near:
         z[n // 2 :] = z[: n // 2] + 1e-3
     z.requires_grad_()
-    forward = _peak_bytes(lambda: dc.distance_correlation(x, z))
-    both = _peak_bytes(lambda: torch.autograd.grad(dc.distance_correlation(x, z), z))
+    forward = peak_bytes(lambda: dc.distance_correlation(x, z))
+    both = peak_bytes(lambda: torch.autograd.grad(dc.distance_correlation(x, z), z))
     table = 4 * n * n
     assert forward <= 4 * table
     assert both - 4 * z.numel() <= 4 * table
     assert forward > 2 * table  # both sides' distances were seen: the measurement measures
-
-
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """The most that the allocator held at one time, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def test_backward_twice_and_scaled() -> None:
