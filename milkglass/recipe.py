@@ -123,6 +123,13 @@ class Parties(Section):
     )
     server: PartyName = Field("server", description="Name of the server. It holds the labels and the loss.")
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [name.casefold() for name in (*self.clients, self.server)]  # they become file names as well
+        if len(set(names)) < len(names):
+            raise ValueError(f"{', '.join((*self.clients, self.server))}: every party needs a name of its own")
+        return self
+
 
 @final
 class Attacker(Section):
@@ -139,7 +146,9 @@ class Recipe(Section):
     seed: int = Field(
         0, ge=0, description="All public randomness follows from it: dealing, the server's first weights."
     )
-    threads: int = Field(1, ge=1, description="Threads a process computes with; part of what makes the same bits.")
+    threads: int = Field(
+        1, ge=1, le=1024, description="Threads a process computes with; part of what makes the same bits."
+    )
     data: Data
     network: Network
     cut: Cut

@@ -92,7 +92,8 @@ class RawPictures(RawRecords):
     def rows(self, indices: Array) -> Tensor:
         pixels = self.read(indices)
         x_BHWC = torch.from_numpy(pixels.astype(np.float32))
-        x_BCHW = x_BHWC.permute(0, 3, 1, 2).contiguous()
+        # `contiguous()` keeps a grey picture's channels-last strides, and with them other kernels and other last bits
+        x_BCHW = x_BHWC.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         return x_BCHW.div_(255) if pixels.dtype == np.uint8 else x_BCHW
 
 

@@ -8,6 +8,7 @@ Legend: N records, K classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from milkglass.randomness import public_source
 from milkglass.recipe import first_difference
 from milkglass.runs import RunFolder
 from milkglass.training.evaluate import BATCH
-from milkglass.training.split import Progress, Setup, computing_with, set_up, train
+from milkglass.training.split import Progress, Setup, computing_with, digest_of, set_up, train
 from milkglass.transcript import Exposure, Pairs, Release, Trial, View
 
 RELEASES_WHEN_REPEATED: Final = 10
@@ -50,10 +51,12 @@ def find_reference(run: RunFolder, named: Path | None = None, progress: Progress
         difference = first_difference(undefended, reference.recipe)
         if difference is not None:
             raise RunError(f"reference {named}: not the undefended run of the same recipe: {difference}")
+        reference.check_records(run.records_digest)
         return reference
     if run.recipe.digest() == undefended.digest():
         return run
-    path = run.path.resolve().parent / f"reference-{undefended.digest()[:12]}"
+    made_from = hashlib.sha256(f"{undefended.digest()} {run.records_digest}".encode()).hexdigest()
+    path = run.path.resolve().parent / f"reference-{made_from[:12]}"
     train(undefended, path, resume=True, progress=progress)
     return RunFolder.open_finished(path)
 
@@ -77,6 +80,7 @@ def replay(run: RunFolder, reference: RunFolder) -> Replay:
 def load_parties(run: RunFolder) -> Setup:
     """The parties of a finished run with their trained weights, drawing noise under the audit's own key."""
     setup = set_up(run.recipe, public_source(run.recipe.seed).derive("audit"))
+    run.check_records(digest_of(setup.records))
     for stage, name in ((setup.client.stage, "bottom.safetensors"), (setup.server.stage, "top.safetensors")):
         try:
             stage.load_state_dict(run.read_tensors(name))

@@ -1,6 +1,7 @@
 """The run folder: recipe, metrics, each party's weights, checkpoints. Files are written beside and renamed.
 
 recipe.toml            resolved, with the versions of the packages that made the run
+records.sha256         what the dealt records hash to: nobody goes on with, or audits, others
 metrics.jsonl          a line per epoch
 checkpoint/0007/       the newest complete epoch: a file per party, and progress.json; resume starts here
 bottom.safetensors     the client's half          top.safetensors   the server's
@@ -10,10 +11,12 @@ summary.json           written last: a folder that has it is a finished run
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,8 +51,11 @@ class RunFolder:
         self.recipe = recipe
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
-        """A new folder at `path`. Raises RunError if something is there already: nothing is overwritten."""
+    def create(cls, path: Path, recipe: Recipe, records_digest: str) -> RunFolder:
+        """A new folder at `path`. Raises RunError if something is there already: nothing is overwritten.
+
+        records_digest: what the dealt records hash to, so that nobody goes on, or audits, with other ones.
+        """
         if path.exists():
             if not path.is_dir():
                 raise RunError(f"run folder {path}: a file of that name exists; choose another --out")
@@ -57,28 +63,30 @@ class RunFolder:
                 raise RunError(f"run folder {path}: holds a finished run; choose another --out, or remove it")
             if (path / "recipe.toml").exists():
                 raise RunError(f"run folder {path}: holds a run that was stopped; go on with --resume, or remove it")
-            if any(not file.name.endswith(".partial") for file in path.iterdir()):
+            if _files_in(path):
                 raise RunError(f"run folder {path}: exists and holds other files; choose another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)  # it will hold the client's weights, and an audit's pictures of records
         folder = cls(path, recipe)
         versions = {name: _version(name) for name in _VERSIONED}
+        # the first file makes the folder, closed to others: it will hold the client's weights
+        folder.write("records.sha256", records_digest.encode())
         folder.write("recipe.toml", recipe.model_copy(update={"versions": versions}).to_toml().encode())
         return folder
 
     @classmethod
-    def resume(cls, path: Path, recipe: Recipe) -> RunFolder:
+    def resume(cls, path: Path, recipe: Recipe, records_digest: str) -> RunFolder:
         """The folder of a run that was stopped, or a new one where there is none.
 
         Raises RunError if the folder is not a run, or a run of another recipe; it says which key differs.
         """
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return cls.create(path, recipe)
+        if not path.exists() or (path.is_dir() and not _files_in(path)):
+            return cls.create(path, recipe, records_digest)
         found = _read_recipe(path)
         difference = first_difference(recipe, found)
         if difference is not None:
             raise RunError(f"run folder {path}: belongs to another recipe: {difference}")
-        return cls(path, recipe)
+        folder = cls(path, recipe)
+        folder.check_records(records_digest)
+        return folder
 
     @classmethod
     def open_finished(cls, path: Path) -> RunFolder:
@@ -90,6 +98,32 @@ class RunFolder:
                 f"run folder {path}: half-written, {missing[0]} is missing; finish it with milkglass train --resume"
             )
         return folder
+
+    @property
+    def records_digest(self) -> str:
+        """What the records of this run hash to."""
+        try:
+            return (self.path / "records.sha256").read_text()
+        except (OSError, UnicodeDecodeError):
+            raise RunError(f"run folder {self.path}: half-written: records.sha256 is missing or damaged") from None
+
+    def check_records(self, records_digest: str) -> None:
+        """Raise RunError if the run was made from other records than those that hash to `records_digest`."""
+        if self.records_digest != records_digest:
+            raise RunError(
+                f"run folder {self.path}: the records are not those that the run began with; "
+                "expected the same data files, with the same content"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains in this folder. Raises RunError if one does already."""
+        with (self.path / "recipe.toml").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"run folder {self.path}: another process is training in it; wait for it") from None
+            yield
 
     @property
     def finished(self) -> bool:
@@ -140,8 +174,8 @@ class RunFolder:
             self.write_tensors(f"{name}/{party}.safetensors", tensors)
         self.write_json(f"{name}/progress.json", checkpoint.progress)  # last: its presence makes the epoch complete
         for older in (self.path / "checkpoint").iterdir():
-            if older.name != f"{checkpoint.epoch:04d}":
-                shutil.rmtree(older)
+            if older.is_dir() and older.name != f"{checkpoint.epoch:04d}":
+                shutil.rmtree(older, ignore_errors=True)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest complete epoch, or None if no epoch was finished."""
@@ -151,7 +185,14 @@ class RunFolder:
         name = complete[-1].parent.relative_to(self.path)
         files = sorted((self.path / name).glob("*.safetensors"))
         parties = {file.name.removesuffix(".safetensors"): self.read_tensors(f"{name}/{file.name}") for file in files}
+        if not name.name.isdecimal():
+            raise RunError(f"run folder {self.path}: {name} is not a checkpoint; expected a number such as 0007")
         return Checkpoint(int(name.name), parties, self.read_json(f"{name}/progress.json"))
+
+
+def _files_in(path: Path) -> bool:
+    """Whether a folder holds anything but what a stopped write left."""
+    return any(not file.name.endswith(".partial") for file in path.iterdir())
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -161,17 +202,19 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def write_beside(target: Path, content: bytes) -> None:
     """Write a file beside and rename it: it is whole, or as it was before. Raises RunError, such as for a full disk."""
-    beside = target.with_name(f".{target.name}.partial")
+    beside = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+        with os.fdopen(descriptor, "wb") as file:  # readable by its owner alone, as mkstemp makes it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(target)
+        Path(beside).replace(target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+        if beside is not None:
+            with contextlib.suppress(OSError):
+                Path(beside).unlink(missing_ok=True)
         raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
 
 

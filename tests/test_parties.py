@@ -126,5 +126,5 @@ def test_a_frozen_client_and_a_top_stage_that_works_in_place() -> None:
 def test_without_a_source_two_clients_differ() -> None:
     bottom, top = _stages()
     transport = LocalTransport(Server(top, _sgd(top)))
-    draws = [Client(bottom, None, transport).noise.gaussian_like(X) for _ in range(2)]
+    draws = [Client(bottom, None, transport).noise.gaussian_like(X, "noise") for _ in range(2)]
     assert not torch.equal(*draws)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import final
 
+import torch
 from torch import Tensor
 
 from milkglass.randomness import Source
@@ -12,17 +14,24 @@ from milkglass.randomness import Source
 
 @final
 class NoiseStream:
-    """A client's private noise. `block` counts the draws so far; with the source it is the whole state."""
+    """A client's private noise. `block` counts the draws so far; with the source it is the whole state.
+
+    Noise is bound to what it hides, as a synthetic nonce is (SIV, RFC 5297): it follows from the key, the block and
+    the values themselves. Else a client that resumes, or runs twice under one key, could add the same numbers to two
+    different activations, and whoever saw both would subtract. Equal values in an equal place get equal noise: the same
+    message again.
+    """
 
     def __init__(self, source: Source, block: int = 0) -> None:
         self._source = source
         self.block = block
 
-    def gaussian_like(self, z: Tensor) -> Tensor:
-        """Fresh standard normal numbers in the shape and dtype of `z`."""
-        drawn = self._source.gaussian(z.shape, self.block, z.dtype)
+    def gaussian_like(self, z: Tensor, purpose: str) -> Tensor:
+        """Fresh standard normal numbers in the shape and dtype of `z`; `purpose` names what they are for."""
+        content = hashlib.sha256(z.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        bound = self._source.derive(self.block, purpose, z.dtype, tuple(z.shape), content)
         self.block += 1
-        return drawn
+        return bound.gaussian(z.shape, 0, z.dtype)
 
 
 class Defense(ABC):

@@ -6,11 +6,13 @@ small beside it. The server never sees the numbers drawn: they come from the cli
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 from torch import Tensor
 
 from milkglass.defenses.base import Defense, NoiseStream
+from milkglass.errors import RecipeError
 
 
 @final
@@ -18,6 +20,8 @@ class Noise(Defense):
     """Adds normal noise of standard deviation `sigma` (in the activations' unit) to every coordinate sent."""
 
     def __init__(self, sigma: float) -> None:
+        if not 0 < sigma < math.inf:
+            raise RecipeError(f"noise: sigma is {sigma}; expected a positive number")
         self.sigma = sigma
 
     def __repr__(self) -> str:
@@ -31,4 +35,4 @@ class Noise(Defense):
         return True
 
     def release(self, z: Tensor, noise: NoiseStream) -> Tensor:
-        return z + self.sigma * noise.gaussian_like(z)
+        return z + self.sigma * noise.gaussian_like(z, self.describe())

@@ -10,11 +10,14 @@ It is a regularizer and certifies nothing: audit what it leaves.
 
 from __future__ import annotations
 
-from typing import Literal, final
+import math
+from collections.abc import Callable
+from typing import Final, Literal, final
 
 from torch import Tensor
 
 from milkglass.defenses.base import Defense
+from milkglass.errors import RecipeError, nearest
 from milkglass.leakage.distance_correlation import (
     distance_correlation,
     linear_distance_correlation,
@@ -22,6 +25,11 @@ from milkglass.leakage.distance_correlation import (
 )
 
 Estimator = Literal["biased", "unbiased", "linear"]
+_MEASURES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "biased": distance_correlation,
+    "unbiased": u_distance_correlation_sqr,
+    "linear": linear_distance_correlation,
+}
 
 
 @final
@@ -33,13 +41,13 @@ class NoPeek(Defense):
     """
 
     def __init__(self, weight: float = 1.0, estimator: Estimator = "biased") -> None:
+        if not 0 <= weight < math.inf:
+            raise RecipeError(f"NoPeek: weight is {weight}; expected a number from 0 on")
+        if estimator not in _MEASURES:
+            raise RecipeError(f"NoPeek: estimator {estimator!r} is not known; {nearest(estimator, _MEASURES)}")
         self.weight = weight
         self.estimator: Estimator = estimator
-        self._measure = {
-            "biased": distance_correlation,
-            "unbiased": u_distance_correlation_sqr,
-            "linear": linear_distance_correlation,
-        }[estimator]
+        self._measure = _MEASURES[estimator]
 
     def __repr__(self) -> str:
         return f"NoPeek(weight={self.weight}, estimator={self.estimator!r})"

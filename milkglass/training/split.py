@@ -7,6 +7,7 @@ weights from the recipe's seed.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from milkglass.data import Deal, deal, load
 from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
-from milkglass.errors import DataError
+from milkglass.errors import DataError, RunError
 from milkglass.networks import build
 from milkglass.parties import Client, Server, StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
@@ -176,38 +177,52 @@ def train(
     with computing_with(recipe.threads):
         setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
         setup.client.check_egress(setup.records.train[setup.client.name].x[:8])
-        folder = RunFolder.resume(out, recipe) if resume else RunFolder.create(out, recipe)
-        if folder.finished:
-            return folder.read_json("summary.json")
-        lines: list[dict[str, Any]] = []
-        checkpoint = folder.load_checkpoint()
-        if checkpoint is not None:
-            lines = _restore(setup, checkpoint)
-        last = None
-        for epoch in range(len(lines) + 1, recipe.training.epochs + 1):
-            started = time.perf_counter()
-            loss, accuracy = train_epoch(setup, epoch, progress)
-            seconds = time.perf_counter() - started
-            last = evaluate_on_test(setup, epoch)
-            lines.append(
-                {
-                    "epoch": epoch,
-                    "loss": loss,
-                    "train_accuracy": accuracy,
-                    "accuracy": last.accuracy,
-                    "distance_correlation": asdict(last.dependence),
-                    "seconds": seconds,
-                }
-            )
+        digest = digest_of(setup.records)
+        folder = RunFolder.resume(out, recipe, digest) if resume else RunFolder.create(out, recipe, digest)
+        with folder.locked():
+            if folder.finished:
+                return folder.read_json("summary.json")
+            lines = _train_epochs(setup, folder, progress)
+            folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
+            folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
             folder.write_metrics(lines)
-            folder.save_checkpoint(_checkpoint(setup, epoch, lines))
-            progress.epoch(lines[-1])
-        folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
-        folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
-        folder.write_metrics(lines)
-        summary = summarize(setup, lines, rehearsal=key is None)
-        folder.write_json("summary.json", summary)
+            summary = summarize(setup, lines, rehearsal=key is None)
+            folder.write_json("summary.json", summary)
     return summary
+
+
+def _train_epochs(setup: Setup, folder: RunFolder, progress: Progress) -> list[dict[str, Any]]:
+    """From the newest checkpoint, or the start, to the last epoch: the lines of metrics.jsonl."""
+    checkpoint = folder.load_checkpoint()
+    lines = [] if checkpoint is None else _restore(setup, checkpoint)
+    for epoch in range(len(lines) + 1, setup.recipe.training.epochs + 1):
+        started = time.perf_counter()
+        loss, accuracy = train_epoch(setup, epoch, progress)
+        seconds = time.perf_counter() - started
+        found = evaluate_on_test(setup, epoch)
+        lines.append(
+            {
+                "epoch": epoch,
+                "loss": loss,
+                "train_accuracy": accuracy,
+                "accuracy": found.accuracy,
+                "distance_correlation": asdict(found.dependence),
+                "seconds": seconds,
+            }
+        )
+        folder.write_metrics(lines)
+        folder.save_checkpoint(_checkpoint(setup, epoch, lines))
+        progress.epoch(lines[-1])
+    return lines
+
+
+def digest_of(records: Deal) -> str:
+    """SHA-256 over all dealt records and labels, in hexadecimal. It stays in the run folder: records are private."""
+    content = hashlib.sha256()
+    for part in (*records.train.values(), records.auxiliary, records.validation, records.test):
+        for tensor in (part.x, part.y):
+            content.update(tensor.contiguous().numpy().data)
+    return content.hexdigest()
 
 
 def evaluate_on_test(setup: Setup, epoch: int) -> Evaluation:
@@ -294,11 +309,18 @@ def _checkpoint(setup: Setup, epoch: int, lines: list[dict[str, Any]]) -> Checkp
 
 
 def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    for party in (setup.client, setup.server):
-        party.load_state(checkpoint.parties[party.name])
-    for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"]:
-        setup.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
-    lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
+    try:
+        for party in (setup.client, setup.server):
+            party.load_state(checkpoint.parties[party.name])
+        for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"]:
+            setup.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
+        lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        words = str(error).splitlines()[0]
+        raise RunError(
+            f"checkpoint of epoch {checkpoint.epoch}: damaged or half-written ({words}); "
+            "remove the checkpoint folder to begin anew"
+        ) from None
     return lines
 
 

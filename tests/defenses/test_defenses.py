@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from milkglass.defenses.base import Defense, NoiseStream
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
+from milkglass.errors import RecipeError
 from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.randomness import public_source
 
@@ -46,6 +48,28 @@ def test_noise_has_its_sigma_never_repeats_and_passes_the_gradient() -> None:
     one.sum().backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None
     assert torch.equal(z.grad, torch.ones_like(z))
+
+
+def test_noise_is_never_put_on_two_different_activations() -> None:
+    # a client that resumes, or runs twice under one key: equal block, other activations
+    other = Z.clone()
+    other[0, 0] += 1e-6
+    noises = [_noise().gaussian_like(z, "noise") for z in (Z, Z, other)]
+    assert torch.equal(noises[0], noises[1])  # the same message again, so that a resumed run has the same bits
+    assert not (noises[0] == noises[2]).any()
+    assert not (_noise().gaussian_like(Z, "noise of another sigma") == noises[0]).any()
+    assert not (NoiseStream(public_source(0), 1).gaussian_like(Z, "noise") == noises[0]).any()
+
+
+def test_settings_out_of_range() -> None:
+    for make, words in (
+        (lambda: Noise(-1.0), "sigma is -1.0"),
+        (lambda: Noise(float("nan")), "sigma is nan"),
+        (lambda: NoPeek(-1.0), "weight is -1.0"),
+        (lambda: NoPeek(1.0, "unbaised"), "did you mean 'unbiased'?"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RecipeError, match=re.escape(words)):
+            make()
 
 
 def test_nopeek_is_weight_times_distance_correlation() -> None:

@@ -138,7 +138,8 @@ def test_every_activation_follows_from_checkpoint_and_key() -> None:
 def test_a_server_with_recipe_and_seed_predicts_neither_noise_nor_weights() -> None:
     recipe = small_recipe(defense={"noise": {"sigma": 0.5}})
     secret, _ = _recorded(recipe, Source(KEY))
-    noise = secret.client.noise._source.gaussian((64, 16), 0)
+    z = torch.rand(64, 16)
+    noise = secret.client.noise.gaussian_like(z, "noise")
     guesses = [
         public_source(recipe.seed),
         rehearsal_source(recipe.seed, "client"),
@@ -147,7 +148,7 @@ def test_a_server_with_recipe_and_seed_predicts_neither_noise_nor_weights() -> N
     ]
     for guess in guesses:
         played = set_up(recipe, guess)
-        guessed = played.client.noise._source.gaussian((64, 16), 0)
+        guessed = played.client.noise.gaussian_like(z, "noise")
         assert not (guessed == noise).any()
         assert abs(torch.corrcoef(torch.stack([guessed.flatten(), noise.flatten()]))[0, 1]) < 0.1
         for name, weights in played.client.stage.state_dict().items():
@@ -159,9 +160,7 @@ def test_a_server_with_recipe_and_seed_predicts_neither_noise_nor_weights() -> N
     assert torch.equal(open_run.records.train["client"].x, secret.records.train["client"].x)
     for name, weights in open_run.server.stage.state_dict().items():
         assert torch.equal(weights, secret.server.stage.state_dict()[name])
-    assert torch.equal(
-        again.client.noise._source.gaussian((64, 16), 0), open_run.client.noise._source.gaussian((64, 16), 0)
-    )
+    assert torch.equal(*(each.client.noise.gaussian_like(z, "noise") for each in (open_run, again)))
 
 
 def test_the_key_is_nowhere_in_the_run_folder_or_on_the_wire(tmp_path: Path) -> None:
