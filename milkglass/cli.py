@@ -105,10 +105,14 @@ def audit(
     from milkglass.training.split import computing_with
 
     limit = parse_budget(budget) if budget is not None else None
+    target = out or run
     folder = RunFolder.open_finished(run)
     suite = default_attacks(folder.recipe.seed)
     if attacks is not None:
         suite = choose_attacks(attacks.split(","), suite)
+    folder.accuracy  # noqa: B018  a damaged summary, or a place that cannot be written, is told before the work
+    write_beside(target / "audit.json.partial", b"")
+    (target / "audit.json.partial").unlink()
     with TrainingProgress(folder.recipe.training.epochs, "reference") as progress:
         undefended = find_reference(folder, reference, progress)
     replayed = replay(folder, undefended)
@@ -116,11 +120,10 @@ def audit(
         found = audit_trials(replayed.trials, attacks=suite, budget=limit, seed=folder.recipe.seed, progress=watch)
     content = found.to_dict() | {
         "defense": replayed.defense,
-        "accuracy": folder.read_json("summary.json")["accuracy"],
+        "accuracy": folder.accuracy,
         "reference": str(undefended.path),
         "reference_accuracy": replayed.reference_accuracy,
     }
-    target = out or run
     write_beside(target / "pictures.safetensors", tensors_as_bytes(found.pictures))
     write_beside(target / "audit.json", (json.dumps(content, indent=2) + "\n").encode())
     for note in found.notes:

@@ -218,12 +218,17 @@ def _working_cuts(model: nn.Module, example_x: Tensor) -> Iterator[tuple[str, nn
             _refuse_shared(bottom, top)
         except CutError:
             continue
-        with _at_rest(bottom), _at_rest(top), torch.no_grad():
-            z_B: object = bottom(example_x)
-            if not (isinstance(z_B, Tensor) and z_B.is_floating_point() and z_B.ndim > 1):
-                continue
-            version = z_B._version
-            top(z_B)
+        try:
+            with _at_rest(bottom), _at_rest(top), torch.no_grad():
+                z_B: object = bottom(example_x)
+                if not (isinstance(z_B, Tensor) and z_B.is_floating_point() and z_B.ndim > 1):
+                    continue
+                version = z_B._version
+                top(z_B)
+        except Exception as error:  # anything at all can go wrong in a user's network
+            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            shape = tuple(example_x.shape)
+            raise CutError(f"cut after {name!r}, the network fails on records of shape {shape}: {words}") from error
         if len(z_B) == len(example_x) and z_B._version == version:  # one row per record, and nobody writes into it
             yield name, bottom, z_B
 

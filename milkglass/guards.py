@@ -38,12 +38,17 @@ class EgressGuard:
             if len(tensor) != len(records):
                 raise EgressError(f"{message.kind!r}: {len(tensor)} rows of {name} for {len(records)} records")
             same_size = tensor.dim() > 1 and tensor[0].numel() == flat.shape[1]
-            if same_size and bool((tensor.flatten(1) == flat.to(tensor.dtype)).all(dim=1).any()):
+            if same_size and _holds_one_of(flat, tensor.flatten(1)):
                 raise EgressError(
                     f"{message.kind!r}: {name} holds a record as it is; cut the network behind a layer that computes"
                 )
             if tensor.is_floating_point() and not finite(tensor):
                 raise EgressError(f"{message.kind!r}: {name} is not finite (NaN or infinity); training has diverged")
+
+
+def _holds_one_of(records_NP: Tensor, sent_NP: Tensor) -> bool:
+    same_N = (sent_NP == records_NP.to(sent_NP.dtype)).all(dim=1)
+    return bool((same_N & (records_NP != 0).any(dim=1)).any())  # an empty record, all zeros, tells nothing
 
 
 def finite(tensor: Tensor) -> bool:

@@ -139,7 +139,7 @@ def build(
             model = factory(shape, classes, **settings)
         except RecipeError:
             raise
-        except Exception as error:  # anything at all can go wrong in a user's function
+        except (Exception, SystemExit) as error:  # anything at all can go wrong in a user's function
             raise RecipeError(f"network {spec!r} cannot be made with {dict(settings)}: {_one_line(error)}") from error
         if not isinstance(model, nn.Module):
             raise RecipeError(f"network {spec!r} must return an nn.Module, it returned {type(model).__name__}")
@@ -156,7 +156,7 @@ def _find(spec: str) -> Callable[..., object]:
         raise RecipeError(f"network {spec!r} is not known; {names}, or your own as 'package.module:function'")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, TypeError) as error:  # TypeError: a relative name such as ".nets"
+    except (Exception, SystemExit) as error:  # a user's module runs here, and may do anything
         raise RecipeError(f"network {spec!r}: cannot import {module_name!r}: {_one_line(error)}") from error
     factory: object = getattr(module, function_name, None)
     if not callable(factory):

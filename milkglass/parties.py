@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from milkglass.codec import shapes
 from milkglass.defenses.base import Defense, NoiseStream
-from milkglass.errors import MessageError, MilkglassError, RunError
+from milkglass.errors import DataError, MessageError, MilkglassError, RunError
 from milkglass.guards import EgressGuard, finite
 from milkglass.messages import Message
 from milkglass.randomness import Source, drawing_from
@@ -43,6 +43,8 @@ class _Party:
     """What both sides have: a stage with its optimizer, and a private generator that its dropout draws from."""
 
     def __init__(self, stage: nn.Module, optimizer: torch.optim.Optimizer | None, source: Source | None) -> None:
+        if any(tensor.device.type != "cpu" for tensor in (*stage.parameters(), *stage.buffers())):
+            raise MilkglassError("a party's stage must be on the CPU, so far; move it there with stage.cpu()")
         self.stage = stage
         self.optimizer = optimizer
         self.source = source or Source(os.urandom(32))
@@ -119,6 +121,8 @@ class Client(_Party):
 
     def step(self, x: Tensor, y_B: Tensor) -> StepResult:
         """Train on one batch: records `x` (B, ...) and labels `y_B` (B,)."""
+        if y_B.shape != (len(x),) or y_B.dtype != torch.int64:
+            raise DataError(f"labels: {shapes({'y': y_B})}; expected one int64 number for each of {len(x)} records")
         z = self._release(x, training=True)
         penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z)) is not None]
         penalty = torch.stack(penalties).sum() if penalties else None
@@ -129,8 +133,10 @@ class Client(_Party):
                 f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate"
             )
         dz = _expect(answer, "gradient", z)
-        if not finite(dz):
-            raise MessageError(f"step {self.steps}: the server sent a gradient that is not finite (NaN or infinity)")
+        if not finite(dz.square()):  # an optimizer squares it
+            raise MessageError(f"step {self.steps}: the server sent a gradient that is not finite, or far too large")
+        if not 0 <= right <= len(y_B):
+            raise MessageError(f"step {self.steps}: the server says that {right:g} of {len(y_B)} records were right")
         for defense in self.defenses:
             dz = defense.returned(dz)
         if self.optimizer is not None:
@@ -153,8 +159,10 @@ class Client(_Party):
         z = self.release(x)
         answer = self._send("queries", "predictions", x, {"activations": z})
         logits_BK = answer.tensors.get("logits")
-        if logits_BK is None or logits_BK.dim() != 2 or len(logits_BK) != len(x):
+        if logits_BK is None or logits_BK.dim() != 2 or len(logits_BK) != len(x) or logits_BK.shape[1] == 0:
             raise MessageError(f"expected logits of {len(x)} records; the server sent {shapes(answer.tensors)}")
+        if not logits_BK.is_floating_point() or not finite(logits_BK):
+            raise MessageError("expected logits; the server sent values that are not finite numbers")
         return logits_BK, z
 
     def _release(self, x: Tensor, *, training: bool) -> Tensor:
@@ -190,6 +198,7 @@ class Server(_Party):
         super().__init__(stage, optimizer, source)
         self.name = name
         self._loss = loss
+        self._agreed: tuple[torch.Size, torch.dtype] | None = None
 
     def reply(self, message: Message) -> Message:
         """Answer one message of a client: a training step, or predictions."""
@@ -198,6 +207,7 @@ class Server(_Party):
             raise MessageError(
                 f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}"
             )
+        self._check_activations(message, z)
         if message.kind == "queries":
             with torch.no_grad():
                 logits_BK = self._forward(z.clone(), training=False)
@@ -206,13 +216,35 @@ class Server(_Party):
             return self._train(message, z)
         raise MessageError(f"a server does not answer {message.kind!r}")
 
+    def _check_activations(self, message: Message, z: Tensor) -> None:
+        """Raise MessageError unless `z` has the first activations' shape and type, and is finite."""
+        if self._agreed is None and z.dim() > 1:
+            self._agreed = (z.shape[1:], z.dtype)
+        if len(z.shape) < 2 or not len(z) or (z.shape[1:], z.dtype) != self._agreed:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: {shapes({'activations': z})} do not have the shape agreed on"
+            )
+        if not finite(z):
+            raise MessageError(f"{message.kind!r} of {message.party}: activations are not finite (NaN or infinity)")
+
     def _train(self, message: Message, z: Tensor) -> Message:
         y_B = message.tensors.get("labels")
-        if y_B is None or y_B.shape != z.shape[:1]:
-            raise MessageError(f"{message.kind!r} of {message.party}: expected a label for each of {len(z)} records")
+        if y_B is None or y_B.shape != z.shape[:1] or y_B.dtype != torch.int64:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: expected an int64 label for each of {len(z)} records"
+            )
         z = z.detach().requires_grad_()
         logits_BK = self._forward(z.clone(), training=True)  # the stage may begin with an in-place layer
+        if y_B.min() < 0 or y_B.max() >= logits_BK.shape[1]:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: labels from {y_B.min()} to {y_B.max()}; "
+                f"expected 0 to {logits_BK.shape[1] - 1}"
+            )
         loss = self._loss(logits_BK, y_B)
+        if not finite(loss.detach()):
+            raise MilkglassError(
+                f"step {message.step}: the loss is {loss.item()}; training has diverged: lower the learning rate"
+            )
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

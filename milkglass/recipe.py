@@ -42,6 +42,9 @@ class Data(Section):
     test_path: str | None = Field(
         None, description="The test records' file; without it a share of the data is set aside."
     )
+    test_split: str | None = Field(
+        None, description="With `hub`: the name of the split that holds the test records, such as `test`."
+    )
     train_records: int | None = Field(None, ge=1, description="At most so many private training records; default all.")
     test_records: int | None = Field(None, ge=1, description="At most so many test records; default all.")
     test_share: Share = Field(
@@ -54,6 +57,8 @@ class Data(Section):
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
             raise ValueError(f"exactly one of name, path and hub says where the records are; found {found}")
+        if self.test_split is not None and (self.hub is None or self.test_path is not None):
+            raise ValueError("test_split goes with hub, and without test_path")
         return self
 
 

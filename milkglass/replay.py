@@ -74,7 +74,7 @@ def replay(run: RunFolder, reference: RunFolder) -> Replay:
         if any(defense.random for defense in setup.client.defenses):
             kinds.append(("repeated", RELEASES_WHEN_REPEATED))
         trials = tuple(_trial(setup, entitled, exposure, times) for exposure, times in kinds)
-    return Replay(trials, setup.defense, float(reference.read_json("summary.json")["accuracy"]))
+    return Replay(trials, setup.defense, reference.accuracy)
 
 
 def load_parties(run: RunFolder) -> Setup:

@@ -130,6 +130,14 @@ class RunFolder:
         """Whether the run was trained to its end."""
         return (self.path / "summary.json").is_file()
 
+    @property
+    def accuracy(self) -> float:
+        """The finished run's accuracy on test records, 0..1."""
+        accuracy = self.read_json("summary.json").get("accuracy")
+        if not isinstance(accuracy, float | int):
+            raise RunError(f"{self.path / 'summary.json'}: damaged, accuracy is {accuracy!r}; expected a number")
+        return float(accuracy)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
         write_beside(self.path / name, content)

@@ -196,6 +196,26 @@ def test_bad_arguments(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("out", ["file", "file/run", "file/a/run"])
+def test_places_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    _refused(capsys, "train", DIGITS, *SMALL, "--out", str(tmp_path / out))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_audit_tells_before_its_work_that_it_cannot_write(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    assert _run(capsys, "train", DIGITS, *SMALL, "--set", "defense={}", "--out", run)[0] == 0
+    (tmp_path / "file").write_text("mine")
+    started = time.perf_counter()
+    assert "cannot write" in _refused(capsys, "audit", run, "--out", str(tmp_path / "file"))
+    assert time.perf_counter() - started < 5
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "accuracy is None; expected a number" in _refused(capsys, "audit", run)
+
+
 def test_unknown_commands_and_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(capsys, "trian", DIGITS)[0] == 2
     assert _run(capsys, "train", DIGITS, "--epochs", "3")[0] == 2

@@ -23,6 +23,8 @@ def test_what_was_agreed_passes() -> None:
     _check("activations", activations=torch.rand(5, 16), labels=LABELS)  # as many values as a record, but other ones
     _check("activations", activations=torch.full((5, 3), 3e38), labels=LABELS)  # finite, though its sum is not
     _check("queries", activations=torch.rand(5, 2, 2, 2))
+    empty = Message("queries", "client", 0, {"activations": torch.zeros(5, 16)})
+    EgressGuard().check(empty, torch.zeros_like(RECORDS))  # all zeros tell nothing of an empty record
 
 
 @pytest.mark.parametrize(

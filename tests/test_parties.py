@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from milkglass.errors import MessageError, MilkglassError
+from milkglass.errors import DataError, MessageError, MilkglassError
 from milkglass.messages import Kind, Message
 from milkglass.parties import Client, Server
 from milkglass.randomness import public_source
@@ -55,6 +55,9 @@ GOOD = {"gradient": torch.zeros(6, 3), "loss": torch.tensor(1.0), "right": torch
         ("gradients", {"gradient": torch.full((6, 3), torch.nan)}, "a gradient that is not finite"),
         ("gradients", {"loss": None}, "expected a number 'loss'"),
         ("gradients", {"right": torch.zeros(2)}, "expected a number 'right'"),
+        ("gradients", {"right": torch.tensor(7)}, "says that 7 of 6 records were right"),
+        ("gradients", {"right": torch.tensor(torch.nan)}, "says that nan of 6"),
+        ("gradients", {"gradient": torch.full((6, 3), 1e38)}, "far too large"),
     ],
 )
 def test_a_client_checks_every_answer(kind: Kind, changes: dict[str, Any], words: str) -> None:
@@ -78,8 +81,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
 
 def test_predictions_are_checked() -> None:
     bottom, _ = _stages()
-    for tensors in ({}, {"logits": torch.zeros(5, 3)}, {"logits": torch.zeros(6)}):
-        with pytest.raises(MessageError, match="expected logits of 6 records"):
+    for tensors, words in (
+        ({}, "expected logits of 6 records"),
+        ({"logits": torch.zeros(5, 3)}, "expected logits of 6 records"),
+        ({"logits": torch.zeros(6)}, "expected logits of 6 records"),
+        ({"logits": torch.zeros(6, 0)}, "expected logits of 6 records"),
+        ({"logits": torch.zeros(6, 3, dtype=torch.int64)}, "not finite numbers"),
+        ({"logits": torch.full((6, 3), torch.nan)}, "not finite numbers"),
+    ):
+        with pytest.raises(MessageError, match=words):
             Client(bottom, _sgd(bottom), LocalTransport(_Answering("predictions", tensors))).predict(X)
 
 
@@ -87,8 +97,15 @@ def test_predictions_are_checked() -> None:
     ("kind", "tensors", "words"),
     [
         ("activations", {}, "expected activations"),
-        ("activations", {"activations": torch.zeros(6, 3)}, "expected a label for each of 6"),
-        ("activations", {"activations": torch.zeros(6, 3), "labels": Y[:2]}, "expected a label for each of 6"),
+        ("activations", {"activations": torch.zeros(6, 3)}, "expected an int64 label for each of 6"),
+        ("activations", {"activations": torch.zeros(6, 3), "labels": Y[:2]}, "expected an int64 label for each of 6"),
+        ("activations", {"activations": torch.zeros(6, 3), "labels": Y.float()}, "expected an int64 label"),
+        ("activations", {"activations": torch.zeros(6, 3), "labels": Y + 1}, "labels from 1 to 3; expected 0 to 2"),
+        ("activations", {"activations": torch.zeros(6, 3), "labels": Y - 1}, "labels from -1 to 1"),
+        ("activations", {"activations": torch.full((6, 3), torch.nan), "labels": Y}, "not finite"),
+        ("activations", {"activations": torch.zeros(0, 3), "labels": Y[:0]}, "shape agreed on"),
+        ("activations", {"activations": torch.zeros(6), "labels": Y}, "shape agreed on"),
+        ("queries", {"activations": torch.full((6, 3), torch.inf)}, "not finite"),
         ("activations", {"activations": Y, "labels": Y}, "expected activations"),
         ("gradients", {"activations": torch.zeros(6, 3)}, "does not answer 'gradients'"),
     ],
@@ -99,6 +116,24 @@ def test_a_server_checks_every_question(kind: Kind, tensors: dict[str, Tensor], 
     with pytest.raises(MessageError, match=words):
         Server(top, _sgd(top)).reply(Message(kind, "client", 0, tensors))
     assert torch.equal(top.weight, before)
+
+
+def test_the_shape_agreed_on_is_that_of_the_first_message() -> None:
+    _, top = _stages()
+    server = Server(top, _sgd(top))
+    server.reply(Message("queries", "client", 0, {"activations": torch.zeros(6, 3)}))
+    for other in (torch.zeros(6, 4), torch.zeros(6, 3).double(), torch.zeros(6, 1, 3)):
+        with pytest.raises(MessageError, match="shape agreed on"):
+            server.reply(Message("queries", "client", 0, {"activations": other}))
+
+
+def test_labels_are_checked_before_anything_is_sent() -> None:
+    bottom, top = _stages()
+    transport = LocalTransport(Server(top, _sgd(top)))
+    for labels in (Y.float(), Y[:2], Y[:, None]):
+        with pytest.raises(DataError, match="expected one int64 number for each of 6 records"):
+            Client(bottom, _sgd(bottom), transport).step(X, labels)
+    assert transport.traffic.messages == 0
 
 
 def test_prediction_is_the_whole_network_in_evaluation_mode_and_trains_nothing() -> None:

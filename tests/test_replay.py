@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -73,6 +74,23 @@ def test_the_reference_is_trained_once_and_named_ones_are_checked(tmp_path: Path
     other = _trained(tmp_path / "other", small_recipe(seed=1))
     with pytest.raises(RunError, match="seed is 0 here and 1 there"):
         find_reference(run, other.path)
+
+
+def test_runs_on_different_records_do_not_share_a_reference(tmp_path: Path) -> None:
+    runs = []
+    for name, seed in (("a", 0), ("b", 1)):
+        rng = np.random.default_rng(seed)
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, images=rng.random((300, 4, 4)), labels=np.arange(300) % 3)
+        recipe = small_recipe(data={"path": str(path), "train_records": 96}, defense={"nopeek": {"weight": 0.1}})
+        runs.append(_trained(tmp_path / f"run-{name}", recipe))
+    references = [find_reference(run) for run in runs]
+    assert references[0].path != references[1].path
+    with pytest.raises(RunError, match="the records are not those"):
+        find_reference(runs[1], references[0].path)
+    (tmp_path / "a.npz").write_bytes((tmp_path / "b.npz").read_bytes())
+    with pytest.raises(RunError, match="the records are not those"):
+        replay(runs[0], references[0])
 
 
 def test_where_releases_differ_they_are_also_shown_repeated(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from milkglass.cuts import Caution, Stages, check_stages, cut, flops_per_sample
+from milkglass.cuts import Caution, Stages, check_stages, couples_records, cut, flops_per_sample
 from milkglass.data import Deal, deal, load
 from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
@@ -75,7 +75,11 @@ def deal_records(recipe: Recipe) -> Deal:
     """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed."""
     data = recipe.data
     train = load(name=data.name, path=_path(data.path), hub=data.hub)
-    test = load(path=_path(data.test_path)) if data.test_path else None
+    test = None
+    if data.test_path is not None:
+        test = load(path=_path(data.test_path))
+    elif data.test_split is not None:
+        test = load(hub=data.hub, split=data.test_split)
     return deal(
         train,
         test,
@@ -99,8 +103,8 @@ def defenses(recipe: Recipe) -> list[Defense]:
     return chosen
 
 
-def stages(recipe: Recipe, records: Deal, private: Source) -> Stages:
-    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed.
+def stages(recipe: Recipe, records: Deal, private: Source) -> tuple[Stages, tuple[Caution, ...]]:
+    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed; and cautions.
 
     Raises CutError where the two would share weights: each party draws, holds and trains its own.
     """
@@ -114,7 +118,19 @@ def stages(recipe: Recipe, records: Deal, private: Source) -> Stages:
         check_stages(*halves)  # before one half of each is taken: afterwards nothing is shared any more
         return halves
 
-    return Stages(drawn_from(private).bottom, drawn_from(public_source(recipe.seed)).top)
+    private_bottom, _ = drawn_from(private)
+    public_bottom, top = drawn_from(public_source(recipe.seed))
+    cautions = check_stages(private_bottom, top)
+    pairs = list(zip(private_bottom.parameters(), public_bottom.parameters(), strict=True))
+    if pairs and all(torch.equal(*pair) for pair in pairs):
+        cautions.append(
+            Caution(
+                recipe.network.name,
+                "draws the same first weights under every key, so the server knows the client's",
+                "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
+            )
+        )
+    return Stages(private_bottom, top), tuple(cautions)
 
 
 def set_up(
@@ -132,9 +148,8 @@ def set_up(
     name = recipe.parties.clients[0]
     private = private or rehearsal_source(recipe.seed, name)
     records = records or deal_records(recipe)
-    _check_batches(recipe, len(records.train[name]))
-    bottom, top = stages(recipe, records, private)
-    cautions = tuple(check_stages(bottom, top))
+    (bottom, top), cautions = stages(recipe, records, private)
+    _check_batches(recipe, len(records.train[name]), coupled=[*couples_records(bottom), *couples_records(top)])
     server = Server(
         top,
         _optimizer(recipe, top),
@@ -274,7 +289,7 @@ def computing_with(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_batches(recipe: Recipe, records: int) -> None:
+def _check_batches(recipe: Recipe, records: int, coupled: list[str]) -> None:
     """Refuse what would fail on the way: no batch at all, or a last one too short for a penalty."""
     size, rest = recipe.training.batch_size, records % recipe.training.batch_size
     if recipe.training.drop_last_batch:
@@ -283,6 +298,11 @@ def _check_batches(recipe: Recipe, records: int) -> None:
     elif recipe.defense.nopeek is not None and 0 < rest < SMALLEST_PENALIZED_BATCH:
         raise DataError(
             f"the last batch has {rest} records; NoPeek's penalty needs at least {SMALLEST_PENALIZED_BATCH}: "
+            "set training.drop_last_batch = true, or another batch_size"
+        )
+    elif rest == 1 and coupled:
+        raise DataError(
+            f"the last batch has one record, and BatchNorm ({coupled[0]}) needs two: "
             "set training.drop_last_batch = true, or another batch_size"
         )
 

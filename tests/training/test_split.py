@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -258,6 +259,65 @@ def test_weights_shared_across_the_cut_are_refused_and_batchnorm_is_told(tmp_pat
     recipe = small_recipe(network={"name": "tests.training.test_split:normed"}, cut={"at": "norm"})
     summary = train(recipe, tmp_path / "normed")
     assert any("norm: BatchNorm in the client's stage" in caution for caution in summary["cautions"])
+
+
+def seeded(record_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """A factory that seeds torch itself, against its user's interest."""
+    torch.manual_seed(0)
+    return with_dropout(record_shape, classes)
+
+
+def test_weights_that_no_key_changes_are_told() -> None:
+    for function, told in (("seeded", True), ("with_dropout", False)):
+        recipe = small_recipe(network={"name": f"tests.training.test_split:{function}"}, cut={"at": "act"})
+        setup = set_up(recipe, Source(KEY))
+        assert any("same first weights under every key" in caution.reason for caution in setup.cautions) == told
+
+
+def test_one_record_left_over_under_batchnorm(tmp_path: Path) -> None:
+    recipe = small_recipe(
+        network={"name": "tests.training.test_split:normed"},
+        cut={"at": "norm"},
+        training={"epochs": 1, "batch_size": 19, "drop_last_batch": False},  # 96 = 5 x 19 + 1
+    )
+    with pytest.raises(DataError, match="the last batch has one record, and BatchNorm"):
+        train(recipe, tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), tmp_path / "run", progress=_Stop(lambda epoch, _: epoch == 2))
+    checkpoint = tmp_path / "run" / "checkpoint" / "0001"
+    whole = (checkpoint / "progress.json").read_text()
+    (checkpoint / "progress.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged or half-written"):
+        train(small_recipe(), tmp_path / "run", resume=True)
+    (checkpoint / "progress.json").write_text(whole)
+    (checkpoint / "client.safetensors").unlink()
+    with pytest.raises(RunError, match="damaged or half-written"):
+        train(small_recipe(), tmp_path / "run", resume=True)
+
+
+def test_resume_with_other_records_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        rng = np.random.default_rng(seed)
+        np.savez(tmp_path / f"{name}.npz", images=rng.random((300, 4, 4)), labels=np.arange(300) % 3)
+    recipes = [small_recipe(data={"path": str(tmp_path / f"{name}.npz"), "train_records": 96}) for name in "ab"]
+    with pytest.raises(KeyboardInterrupt):
+        train(recipes[0], tmp_path / "run", progress=_Stop(lambda epoch, _: epoch == 2))
+    with pytest.raises(RunError, match="the records are not those that the run began with"):
+        train(recipes[1], tmp_path / "run", resume=True)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    class Intruder(Silence):
+        def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:  # noqa: ARG002
+            with pytest.raises(RunError, match="another process is training in it"):
+                train(small_recipe(), tmp_path / "run", resume=True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), tmp_path / "run", progress=Intruder())
 
 
 def test_resume_under_another_key_is_refused(tmp_path: Path) -> None:
