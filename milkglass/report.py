@@ -165,11 +165,14 @@ def read_results(folder: Path) -> list[RunResults]:
 def _read_run(folder: Path) -> RunResults:
     metrics, audit = folder / "metrics.jsonl", folder / "audit.json"
     lines = enumerate(_read_text(metrics).splitlines(), start=1)
+    epochs = tuple(_parse(Epoch, line, f"{metrics}, line {n}") for n, line in lines if line.strip())
+    if not epochs:
+        raise RunError(f"{metrics}: empty; expected a line for each epoch")
     return RunResults(
         name=folder.resolve().name,
         recipe=_read_text(folder / "recipe.toml"),
         summary=_parse(Summary, _read_text(folder / "summary.json"), str(folder / "summary.json")),
-        epochs=tuple(_parse(Epoch, line, f"{metrics}, line {n}") for n, line in lines if line.strip()),
+        epochs=epochs,
         audit=_parse(AuditFigures, _read_text(audit), str(audit)) if audit.exists() else None,
         pictures=_read_pictures(folder / "pictures.safetensors"),
     )

@@ -158,11 +158,11 @@ def test_missing_and_truncated_data(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_run_folders_that_are_in_the_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    assert _run(capsys, "train", DIGITS, *SMALL, "--out", out)[0] == 0
+    assert _run(capsys, "train", DIGITS, *SMALL, "--set", "defense={}", "--out", out)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "finished run" in _refused(capsys, "train", DIGITS, *SMALL, "--out", out)
     assert "another recipe: seed is 9 here and 0 there" in _refused(
-        capsys, "train", DIGITS, *SMALL, "--set", "seed=9", "--out", out, "--resume"
+        capsys, "train", DIGITS, *SMALL, "--set", "defense={}", "--set", "seed=9", "--out", out, "--resume"
     )
     (tmp_path / "run" / "top.safetensors").write_bytes(b"torn")
     assert "top.safetensors: damaged" in _refused(capsys, "audit", out, "--reference", out)

@@ -166,6 +166,7 @@ def test_undefended_runs_come_first_then_by_name(demo: Path) -> None:
         ("audit.json", b'{"peek": "high"}', "audit.json: damaged: peek"),
         ("metrics.jsonl", b'\n{"epoch": 1, "lo', "metrics.jsonl, line 2: damaged"),
         ("metrics.jsonl", None, "metrics.jsonl: missing"),
+        ("metrics.jsonl", b"", "metrics.jsonl: empty; expected a line for each epoch"),
         ("recipe.toml", None, "recipe.toml: missing"),
         ("pictures.safetensors", b"half", "pictures.safetensors: damaged"),
     ],

@@ -8,17 +8,27 @@ places, each mended here:
 - Rows near each other: there the product cancels. Those few pairs are measured from their differences, and their part
   of the gradient is added from the differences too. Equal rows are exactly 0 apart.
 
+Very large and very small tables are brought near 1 by a power of two first, or their squares would leave the type's
+range.
+
 Legend: N rows (records), M rows of another table, D columns, P pairs of near rows. float32 or float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from milkglass.errors import DataError
+
+# Largest absolute values that need no scaling: the squares of distances, and products of those, stay far within range.
+_PLAIN: Final = {torch.float32: (1e-10, 1e10), torch.float64: (1e-50, 1e50)}
+_STEP: Final = 100  # 2^100 fits in float32
 
 # Squared distances below this share of |a|^2 + |b|^2 are measured again: the product keeps 3 digits there.
 _NEAR: Final = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -55,6 +65,39 @@ class Laplacian:
             force_PD = x_ND[rows_P].sub_(x_ND[columns_P]).mul_(self.weights_P[chunk, None] * scale)
             product_ND.index_add_(0, rows_P, force_PD).index_add_(0, columns_P, force_PD, alpha=-1)
         return product_ND
+
+
+def scale_exponent(x_ND: Tensor, dtype: torch.dtype, what: str) -> int:
+    """The even e with which x * 2^e is safe to compute with in `dtype`: mostly 0. DataError where x is not finite."""
+    if not x_ND.is_floating_point():
+        return 0
+    if x_ND.numel() == 0:
+        raise DataError(f"distance correlation: the {what} hold no values, shape {tuple(x_ND.shape)}")
+    lowest, highest = (value.item() for value in torch.aminmax(x_ND.detach()))
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise DataError(f"distance correlation: the {what} hold NaN or infinite values; all must be finite")
+    largest = max(-lowest, highest)
+    smallest_plain, largest_plain = _PLAIN[dtype]
+    if largest == 0 or smallest_plain <= largest <= largest_plain:
+        return 0
+    exponent = math.frexp(largest)[1]
+    return -(exponent + exponent % 2)  # even, so that its half is a power of two as well
+
+
+def scaled(x_ND: Tensor, dtype: torch.dtype, what: str) -> tuple[Tensor, int]:
+    """x * 2^e in `dtype`, and e; x itself where it needs neither."""
+    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, dtype))  # a float64 value may not fit in float32 before scaling
+    exponent = scale_exponent(x_ND, dtype, what)
+    return times_power_of_two(x_ND, exponent).to(dtype), exponent
+
+
+def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """x * 2^exponent, exact where the result is a normal number; x itself where the exponent is 0."""
+    while exponent != 0:
+        step = max(-_STEP, min(_STEP, exponent))  # 2^exponent alone may be out of range where the result is not
+        x = x * 2.0**step
+        exponent -= step
+    return x
 
 
 def pairwise_distances(x_ND: Tensor) -> tuple[Tensor, NearPairs]:

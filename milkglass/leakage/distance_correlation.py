@@ -8,10 +8,14 @@ at 1e-7; here distances are exact, equal records are 0 apart, and the derivative
 In a batch the biased value misleads: for *independent* Gaussians of 784 and 500 dimensions it is .99 at n = 32 and .95
 at n = 256. `u_distance_correlation_sqr` is about 0 there (and may be negative).
 
-All functions take records `x` and activations `z` of shape (n, ...), flattened per record, n >= 4. `z` is float32 or
-float64, and `x` is read as the same type. The value is differentiable in `z` alone, by a closed form: with G the
-derivative by the distances b, dz = 2 (diag(W 1) - W) z, W = G / b. Extra memory is at most 4 n^2 values and a few
-vectors (in tiny batches with nearly equal rows: 64 rows of z, if that is more).
+All functions take records `x` and activations `z` of shape (n, ...), flattened per record, n >= 4, all values finite
+(else DataError). `z` is float32 or float64, and `x` is read as the same type; the reports (`measure` and
+`permutation_floor`) compute in float64 whatever the type, since in float32 one far outlier costs the rest its digits.
+Tables with a largest value near the ends of the type's range are scaled by a power of two first.
+
+The value is differentiable in `z` alone, by a closed form: with G the derivative by the distances b, dz = 2 (diag(W 1)
+- W) z, W = G / b. Extra memory is at most 4 n^2 values and a few vectors (in tiny batches with nearly equal rows: 64
+rows of z, if that is more; where a table has to be scaled: its copies).
 
 Legend: N records, D values in a record, E values in an activation.
 """
@@ -26,9 +30,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from milkglass.errors import DataError
-from milkglass.leakage._distances import Laplacian, NearPairs, laplacian_, pairwise_distances
+from milkglass.leakage._distances import (
+    Laplacian,
+    NearPairs,
+    laplacian_,
+    pairwise_distances,
+    scale_exponent,
+    scaled,
+    times_power_of_two,
+)
 
 MINIMUM_RECORDS: Final = 4
+_PERMUTATIONS: Final = 200
 _ROUNDING: Final = 8  # a spread of distances of so many units of their rounding is no spread
 
 
@@ -39,7 +52,7 @@ def distance_covariance_sqr(x: Tensor, z: Tensor) -> Tensor:
 
 def distance_covariance(x: Tensor, z: Tensor) -> Tensor:
     """Distance covariance, biased (V-statistic): the root of `distance_covariance_sqr`."""
-    return _root(distance_covariance_sqr(x, z))
+    return _statistic(x, z, unbiased=False, normalized=False, root=True)
 
 
 def distance_correlation_sqr(x: Tensor, z: Tensor) -> Tensor:
@@ -49,7 +62,7 @@ def distance_correlation_sqr(x: Tensor, z: Tensor) -> Tensor:
 
 def distance_correlation(x: Tensor, z: Tensor) -> Tensor:
     """Distance correlation, biased (V-statistic), 0 to 1: what NoPeek minimizes. 0 where x or z is constant."""
-    return _root(distance_correlation_sqr(x, z))
+    return _statistic(x, z, unbiased=False, normalized=True, root=True)
 
 
 def u_distance_covariance_sqr(x: Tensor, z: Tensor) -> Tensor:
@@ -69,8 +82,9 @@ def linear_distance_correlation(x: Tensor, z: Tensor) -> Tensor:
     z = x^2 and distance correlation reads .54. A baseline; differentiable by autograd, in x too.
     """
     x_ND, z_NE = tables(x, z)
+    (x_ND, _), (z_NE, _) = scaled(x_ND, z_NE.dtype, "records"), scaled(z_NE, z_NE.dtype, "activations")
     x_ND, z_NE = x_ND - x_ND.mean(0), z_NE - z_NE.mean(0)
-    gram_x_NN, gram_z_NN = x_ND @ x_ND.T, z_NE @ z_NE.T
+    (gram_x_NN, _), (gram_z_NN, _) = (scaled(a @ a.T, a.dtype, "products of rows") for a in (x_ND, z_NE))
     scale = torch.linalg.vector_norm(gram_x_NN) * torch.linalg.vector_norm(gram_z_NN)
     return _root((gram_x_NN * gram_z_NN).sum() / torch.where(scale > 0, scale, torch.ones_like(scale)))
 
@@ -87,11 +101,16 @@ class PermutationFloor:
     permutations: int
 
 
-def permutation_floor(x: Tensor, z: Tensor, *, generator: torch.Generator, permutations: int = 200) -> PermutationFloor:
+def permutation_floor(
+    x: Tensor, z: Tensor, *, generator: torch.Generator, permutations: int = _PERMUTATIONS
+) -> PermutationFloor:
     """The floor of `u_distance_correlation_sqr(x, z)`; distances are computed once, then only rearranged."""
     if permutations < 1:
         raise DataError(f"permutation floor: {permutations} permutations; at least 1 is needed")
-    a_NN, b_NN, sums = _center_both(x, z)
+    return _floor(*_center_both(x, z), generator, permutations)
+
+
+def _floor(a_NN: Tensor, b_NN: Tensor, sums: Sums, generator: torch.Generator, permutations: int) -> PermutationFloor:
     values = torch.tensor([_permuted(a_NN, b_NN, sums, generator) for _ in range(permutations)], dtype=torch.float64)
     return PermutationFloor(values.quantile(0.95).item(), values.mean().item(), permutations)
 
@@ -115,12 +134,12 @@ def measure(x: Tensor, z: Tensor, generator: torch.Generator) -> DistanceCorrela
 
     Takes time and memory as n^2; beyond some 5,000 records take a sample, or `streaming_distance_correlation`.
     """
-    sums = _center_both(x, z)[2]
+    a_NN, b_NN, sums = _center_both(x, z)
     return DistanceCorrelation(
         squared_unbiased=sums.correlation_sqr(unbiased=True),
         biased=max(sums.correlation_sqr(unbiased=False), 0.0) ** 0.5,
         n=len(x),
-        permutation_floor=permutation_floor(x, z, generator=generator).quantile_95,
+        permutation_floor=_floor(a_NN, b_NN, sums, generator, _PERMUTATIONS).quantile_95,
     )
 
 
@@ -175,14 +194,14 @@ class Sums:
 
 
 def tables(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, D) and z (N, E), flattened per record and of one type; DataError where that cannot be."""
+    """x (N, D) and z (N, E), flattened per record; DataError where they are no pairs, or too few, or z no floats."""
     if len(x) != len(z):
         raise DataError(f"distance correlation: {len(x)} records, but activations of {len(z)}")
     if len(x) < MINIMUM_RECORDS:
         raise DataError(f"distance correlation: {len(x)} records; at least {MINIMUM_RECORDS} are needed")
     if z.dtype not in (torch.float32, torch.float64):
         raise DataError(f"distance correlation: activations are {z.dtype}; expected float32 or float64")
-    return x.flatten(1).to(z.dtype), z.flatten(1)
+    return x.flatten(1), z.flatten(1)
 
 
 def _covariance_sqr(inner: float, a: Margins, b: Margins, *, unbiased: bool) -> float:
@@ -210,12 +229,14 @@ def _squared(a_NN: Tensor) -> float:
 
 
 def _center_both(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Sums]:
+    """Both sides' shifted distances, and all sums, in float64."""
     with torch.no_grad():
         x_ND, z_NE = tables(x, z)
+        (x_ND, _), (z_NE, _) = scaled(x_ND, torch.float64, "records"), scaled(z_NE, torch.float64, "activations")
         a_NN, b_NN = pairwise_distances(x_ND)[0], pairwise_distances(z_NE)[0]
         margins_x, margins_z = _shift_(a_NN), _shift_(b_NN)
         xz = (a_NN * b_NN).sum(1).sum(dtype=torch.float64).item()
-    epsilon = torch.finfo(z.dtype).eps
+    epsilon = torch.finfo(z.dtype).eps  # the given values are no more exact than their type
     return a_NN, b_NN, Sums(_squared(a_NN), xz, _squared(b_NN), margins_x, margins_z, epsilon)
 
 
@@ -228,11 +249,25 @@ def _permuted(a_NN: Tensor, b_NN: Tensor, sums: Sums, generator: torch.Generator
     return replace(sums, xz=xz, z=margins).correlation_sqr(unbiased=True)
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """Powers of two, as exponents: 0 unless values are near the ends of their type's range."""
+
+    z: int
+    value: int
+    derivative: int
+
+
 class _Statistic(torch.autograd.Function):
-    """Squared distance covariance or correlation, with the closed-form derivative by z."""
+    """Squared distance covariance or correlation, with the closed-form derivative by z.
+
+    Computed of `z * 2^scales.z`; value and derivative are then multiplied by 2^scales.value and 2^scales.derivative.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, z_NE: Tensor, unbiased: bool, normalized: bool) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, z_NE: Tensor, scales: _Scales, unbiased: bool, normalized: bool) -> Tensor:
+        z_NE = times_power_of_two(z_NE, scales.z)
+        ctx.exponent = scales.derivative
         a_NN, _ = pairwise_distances(x_ND)
         margins_x = _shift_(a_NN)
         b_NN, near = pairwise_distances(z_NE)
@@ -252,15 +287,19 @@ class _Statistic(torch.autograd.Function):
                 )
             else:
                 ctx.save_for_backward(z_NE)
-        return z_NE.new_tensor(value)
+        return times_power_of_two(z_NE.new_tensor(value, dtype=torch.float64), scales.value).to(z_NE.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
         z_NE, *laplacian = ctx.saved_tensors
         if not laplacian:
-            return None, torch.zeros_like(z_NE), None, None
-        return None, Laplacian(*laplacian).product(z_NE, grad_output.item()), None, None
+            return None, torch.zeros_like(z_NE), None, None, None
+        gradient_NE = Laplacian(*laplacian).product(z_NE, grad_output.item())
+        if ctx.exponent != 0:  # of activations near the smallest numbers, the true gradient may exceed the largest
+            largest = torch.finfo(z_NE.dtype).max
+            gradient_NE = times_power_of_two(gradient_NE, ctx.exponent).clamp_(-largest, largest)
+        return None, gradient_NE, None, None, None
 
 
 def _derivative(sums: Sums, *, unbiased: bool, normalized: bool) -> tuple[float, float]:
@@ -295,12 +334,19 @@ def _laplacian_(
     return laplacian_(a_NN.div_(b_NN), near)
 
 
-def _statistic(x: Tensor, z: Tensor, *, unbiased: bool, normalized: bool) -> Tensor:
+def _statistic(x: Tensor, z: Tensor, *, unbiased: bool, normalized: bool, root: bool = False) -> Tensor:
+    """The squared statistic, or its root. A squared covariance of tables c x and d z is c d times that of x and z."""
     if x.requires_grad and torch.is_grad_enabled():
         raise DataError("distance correlation: the records need no gradient; pass x.detach()")
     x_ND, z_NE = tables(x, z)
-    value: Tensor = _Statistic.apply(x_ND, z_NE, unbiased, normalized)  # type: ignore[no-untyped-call]
-    return value
+    x_ND, by_x = scaled(x_ND, z.dtype, "records")
+    by_z = scale_exponent(z_NE, z.dtype, "activations")
+    scales = _Scales(by_z, 0, by_z) if normalized or root else _Scales(by_z, -by_x - by_z, -by_x)
+    value: Tensor = _Statistic.apply(x_ND, z_NE, scales, unbiased, normalized)  # type: ignore[no-untyped-call]
+    if not root:
+        return value
+    # The square may be out of range where its root is not: the root is taken first.
+    return _root(value) if normalized else times_power_of_two(_root(value), -(by_x + by_z) // 2)
 
 
 def _root(value: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Distance correlation of whole data sets: the same numbers as the direct form, without its n^2 memory.
 
 The sums that distance correlation is made of are gathered from blocks of the two distance matrices, above the
-diagonal only, one block of each at a time. Time is still O(n^2); memory is O(n + block_rows^2) beyond the data.
+diagonal only, one block of each at a time. Time is still O(n^2); memory is O(n + block_rows^2) beyond the data. As in
+all reports, the computation is in float64; the data are converted a block at a time.
 
 Legend: N records, D values in a record, E values in an activation; R, C rows and columns of a block.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from milkglass.errors import DataError
-from milkglass.leakage._distances import block_distances
+from milkglass.leakage._distances import block_distances, scale_exponent, times_power_of_two
 from milkglass.leakage.distance_correlation import Margins, Sums, tables
 
 
@@ -38,7 +39,7 @@ def streaming_distance_correlation(x: Tensor, z: Tensor, *, block_rows: int = 10
     x_ND, z_NE = tables(x, z)
     n = len(x_ND)
     with torch.no_grad():
-        side_x, side_z = _Side(x_ND, block_rows), _Side(z_NE, block_rows)
+        side_x, side_z = _Side(x_ND, block_rows, "records"), _Side(z_NE, block_rows, "activations")
         xx = xz = zz = 0.0
         for top in range(0, n, block_rows):
             for left in range(top, n, block_rows):
@@ -60,23 +61,29 @@ class _Side:
     They are shifted by the mean of a sample: any shift near the mean serves, and the true one comes out last.
     """
 
-    def __init__(self, x_ND: Tensor, block_rows: int) -> None:
+    def __init__(self, x_ND: Tensor, block_rows: int, what: str) -> None:
         self._x_ND = x_ND
-        self._offset_D = x_ND.mean(0)
+        self._exponent = scale_exponent(x_ND, torch.float64, what)
+        blocks = (self._rows(slice(top, top + block_rows)) for top in range(0, len(x_ND), block_rows))
+        self._offset_D = sum((block.sum(0) for block in blocks), start=x_ND.new_zeros(()).double()) / len(x_ND)
         self._row_sums_N = torch.zeros(len(x_ND), dtype=torch.float64, device=x_ND.device)
-        sample_SD = x_ND[:: max(1, len(x_ND) // min(block_rows, 512))]
+        sample_SD = self._rows(slice(None, None, max(1, len(x_ND) // min(block_rows, 512))))
         sample_SS = block_distances(sample_SD, sample_SD, self._offset_D)
         self._shift = sample_SS.mean().item()
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         """The block's shifted distances (R, C), `rows` not below `columns`; a block is to be asked for once."""
-        shifted_RC = block_distances(self._x_ND[rows], self._x_ND[columns], self._offset_D).sub_(self._shift)
+        rows_RD, columns_CD = self._rows(rows), self._rows(columns)
+        shifted_RC = block_distances(rows_RD, columns_CD, self._offset_D).sub_(self._shift)
         if rows == columns:
             shifted_RC.fill_diagonal_(0)
         else:
             self._row_sums_N[columns] += shifted_RC.sum(0)
         self._row_sums_N[rows] += shifted_RC.sum(1)
         return shifted_RC
+
+    def _rows(self, rows: slice) -> Tensor:
+        return times_power_of_two(self._x_ND[rows].to(torch.float64), self._exponent)
 
     def margins(self) -> Margins:
         """The row sums of all blocks."""

@@ -277,8 +277,11 @@ def test_streaming_is_the_direct_form(dtype: torch.dtype, block_rows: int) -> No
 def test_streaming_is_the_direct_form_at_four_thousand_records() -> None:
     x, z = (values.float() for values in _related(4000, 40, 30))
     result = streaming_distance_correlation(x, z, block_rows=1024)
-    assert result.biased == pytest.approx(dc.distance_correlation(x, z).item(), abs=1e-5)
-    assert result.squared_unbiased == pytest.approx(dc.u_distance_correlation_sqr(x, z).item(), abs=1e-5)
+    for records, activations in ((x, z), (x.double(), z.double())):
+        biased = dc.distance_correlation(records, activations).item()
+        unbiased = dc.u_distance_correlation_sqr(records, activations).item()
+        assert result.biased == pytest.approx(biased, abs=1e-5)
+        assert result.squared_unbiased == pytest.approx(unbiased, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +300,127 @@ def test_memory_beyond_inputs_and_gradient_is_under_four_tables_of_distances(n: 
     assert forward <= 4 * table
     assert both - 4 * z.numel() <= 4 * table
     assert forward > 2 * table  # both sides' distances were seen: the measurement measures
+
+
+POWERS_OF_TWO = [(torch.float32, power) for power in (-90, -60, 60, 90)] + [
+    (torch.float64, power) for power in (-900, -250, 250, 900)
+]
+
+
+@pytest.mark.parametrize("name", [name for name in STATISTICS if "correlation" in name])
+@pytest.mark.parametrize(("dtype", "power"), POWERS_OF_TWO)
+def test_very_large_and_very_small_tables_give_the_same_bits(name: str, dtype: torch.dtype, power: int) -> None:
+    x, z = (values.to(dtype) for values in _related(30, 6, 8))
+    value, gradient = _value_and_gradient(STATISTICS[name], x, z)
+    assert 0.01 < value < 1
+    for factor in (1.0, 2.0**power, 2.0**-power):
+        scaled_value, scaled_gradient = _value_and_gradient(STATISTICS[name], x * factor, z * 2.0**power)
+        assert scaled_value == value
+        assert torch.equal(scaled_gradient * 2.0**power, gradient)
+
+
+@pytest.mark.parametrize("name", [name for name in STATISTICS if "covariance" in name])
+@pytest.mark.parametrize(("dtype", "power"), POWERS_OF_TWO)
+def test_covariances_grow_with_their_tables(name: str, dtype: torch.dtype, power: int) -> None:
+    x, z = (values.to(dtype) for values in _related(30, 6, 8))
+    value, gradient = _value_and_gradient(STATISTICS[name], x, z)
+    squared = name.endswith("_sqr")
+    scaled_value, scaled_gradient = _value_and_gradient(STATISTICS[name], x * 2.0**power, z)
+    assert scaled_value == value * 2.0 ** (power if squared else power // 2)
+    assert torch.equal(scaled_gradient * 2.0 ** -(power if squared else power // 2), gradient)
+    scaled_value, scaled_gradient = _value_and_gradient(STATISTICS[name], x * 2.0**power, z * 2.0**power)
+    if squared:  # the value itself may be out of the type's range: its derivative is not
+        assert torch.equal(scaled_gradient * 2.0**-power, gradient)
+        back, _ = _value_and_gradient(STATISTICS[name], x * 2.0**-power, z * 2.0**power)
+        assert back == value
+    else:
+        assert scaled_value == value * 2.0**power
+        assert torch.equal(scaled_gradient, gradient)
+
+
+@every_dtype
+@pytest.mark.parametrize("factor", [1e-35, 1e-23, 1e-15, 1e15, 1e18, 1e20, 1e35])
+def test_a_scaled_copy_is_not_independent(dtype: torch.dtype, factor: float) -> None:
+    x = torch.randn(32, 6, generator=_generator(), dtype=dtype)
+    if dtype == torch.float64:
+        factor **= 8  # as far out in this type
+    for records, z in ((x, factor * x), (factor * x, x), (factor * x, factor * x)):
+        for statistic in (dc.distance_correlation, dc.u_distance_correlation_sqr, dc.linear_distance_correlation):
+            assert statistic(records, z).item() == pytest.approx(1, abs=1e-5)
+        result = dc.measure(records, z, _generator())
+        assert result.squared_unbiased == pytest.approx(1, abs=1e-5)
+        assert 0 < result.permutation_floor < 0.5
+        assert streaming_distance_correlation(records, z, block_rows=10).biased == pytest.approx(1, abs=1e-5)
+
+
+def test_records_of_float64_beyond_float32_are_scaled_before_they_are_converted() -> None:
+    x, z = _related(30, 6, 8)
+    expected = dc.distance_correlation(x.float(), z.float()).item()
+    for power in (-300, 300):
+        assert dc.distance_correlation(x * 2.0**power, z.float()).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "factor"), [(64, 1e-22), (4, 1e-20), (64, 1e-30), (64, 1e30)])
+@pytest.mark.parametrize("name", [name for name in STATISTICS if "correlation" in name])
+def test_gradients_by_very_small_and_very_large_activations(name: str, n: int, factor: float) -> None:
+    x, z = (values.float() for values in _related(n, 5, 7))
+    z *= factor
+    _, gradient = _value_and_gradient(STATISTICS[name], x, z)
+    _, slope = _value_and_gradient(STATISTICS[name], x.double(), z.double())
+    assert _relative_error(gradient.double() / slope.abs().max(), slope / slope.abs().max()) < 1e-4
+
+
+def test_gradients_by_the_smallest_numbers_are_finite() -> None:
+    x, z = (values.float() for values in _related(16, 5, 7))
+    value, gradient = _value_and_gradient(dc.distance_correlation, x, z * 1e-42)
+    assert 0 < value < 1
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(dtype: torch.dtype, bad: float) -> None:
+    x = torch.randn(8, 3, generator=_generator(), dtype=dtype)
+    broken = x.clone()
+    broken[5, 1] = bad
+    calls: list[Callable[[Tensor, Tensor], object]] = [
+        *STATISTICS.values(),
+        dc.linear_distance_correlation,
+        lambda x, z: dc.measure(x, z, _generator()),
+        lambda x, z: dc.permutation_floor(x, z, generator=_generator()),
+        streaming_distance_correlation,
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match="the activations hold NaN or infinite values"):
+            call(x, broken)
+        with pytest.raises(DataError, match="the records hold NaN or infinite values"):
+            call(broken, x)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4])
+def test_one_outlier_does_not_spoil_the_reports_in_float32(factor: float) -> None:
+    x, z = (values.float() for values in _related(200, 20, 30))
+    z[17] *= factor
+    exact = dc.u_distance_correlation_sqr(x.double(), z.double()).item()
+    biased = dc.distance_correlation(x.double(), z.double()).item()
+    result = dc.measure(x, z, _generator(1))
+    assert result.squared_unbiased == pytest.approx(exact, rel=1e-9)
+    assert result.biased == pytest.approx(biased, rel=1e-9)
+    floor = dc.permutation_floor(x, z, generator=_generator(1))
+    assert floor == dc.permutation_floor(x.double(), z.double(), generator=_generator(1))
+    assert result.permutation_floor == floor.quantile_95
+    streamed = streaming_distance_correlation(x, z, block_rows=64)
+    assert streamed.squared_unbiased == pytest.approx(exact, rel=1e-6)
+    assert streamed.biased == pytest.approx(biased, rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_streaming_never_holds_a_whole_table_in_float64(offset: float) -> None:
+    x = torch.randn(2000, 400, generator=_generator()) + offset
+    z = torch.randn(2000, 300, generator=_generator(1)) + offset
+    peak = peak_bytes(lambda: streaming_distance_correlation(x, z, block_rows=100))
+    assert peak < 8 * x.numel() / 2
 
 
 def test_backward_twice_and_scaled() -> None:
@@ -318,6 +442,8 @@ def test_bad_input_is_refused_in_one_line(name: str) -> None:
         statistic(x, z[:9])
     with pytest.raises(DataError, match="bfloat16; expected float32 or float64"):
         statistic(x, z.bfloat16())
+    with pytest.raises(DataError, match=r"the activations hold no values, shape \(10, 0\)"):
+        statistic(x, z[:, :0])
     with pytest.raises(DataError, match=r"x\.detach\(\)"):
         statistic(x.requires_grad_(), z)
     with pytest.raises(DataError, match="block_rows is 0"):
