@@ -7,9 +7,10 @@ Pure: it runs attacks on views and talks to nobody. An attack is handed the view
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal, final
 
@@ -34,6 +35,10 @@ Progress = Callable[[int, int, str], None]
 
 BROKEN_BELOW: Final = -0.02
 """A peek whose whole interval lies below this comes from broken attacks: the entitled-only decoders are among them."""
+MINIMUM_TARGETS: Final = 8
+"""With fewer target records nothing is said."""
+ENOUGH_TARGETS: Final = 30
+"""With fewer target records their interval is not to be trusted, and there is no verdict."""
 PICTURES: Final = 12
 
 
@@ -126,19 +131,19 @@ def audit(
     """
     suite = tuple(attacks) if attacks is not None else default_attacks(seed)
     _check(trials, suite)
-    ticker = _Ticker(progress, total=len(trials) * (3 * len(suite) + 2) + 1)
+    ticker = _Ticker(progress, total=len(trials) * (3 * len(suite) + 3) + 1)
     source = public_source(seed).derive("audit")
     findings = [_find(trial, suite, source, ticker) for trial in trials]
     results = _worst_controls([_run_controls(finding, suite, source, ticker) for finding in findings])
     results["gaussian"] = _gaussian(suite, source, ticker)
     ticker.close()
 
-    worst = max(findings, key=lambda finding: finding.peek.high)
+    worst = max(findings, key=lambda finding: finding.peek.high if _is_finite(finding.peek) else math.inf)
     shown = {run.name: run.reconstruction.target[:PICTURES] for run in worst.runs if run.usable}
     return Audit(
         peek=worst.peek,
         exposures=MappingProxyType({finding.trial.view.exposure: finding.peek for finding in findings}),
-        verdict=_verdict([finding.peek for finding in findings], results, budget),
+        verdict=_verdict(findings, results, budget),
         budget=budget,
         best_attack=worst.best.name,
         error_entitled=worst.errors_entitled_T.mean().item(),
@@ -192,6 +197,25 @@ class _Finding:
     def best(self) -> Run:
         return best(self.runs)
 
+    @property
+    def left_out(self) -> list[str]:
+        """The names of the attacks that failed, here or from the answer alone."""
+        return list(dict.fromkeys(run.name for run in (*self.runs, *self.entitled) if not run.usable))
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a verdict may rest on it."""
+        return (
+            len(self.trial.truth) >= ENOUGH_TARGETS
+            and not self.left_out
+            and all(map(_is_finite, (self.peek, *(score.peek for score in self.scores))))
+            and not self.peek.high < BROKEN_BELOW
+        )
+
+
+def _is_finite(value: Peek) -> bool:
+    return all(map(math.isfinite, (value.value, value.low, value.high)))
+
 
 def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
     if not trials:
@@ -206,14 +230,18 @@ def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
         raise AuditError(f"attacks {', '.join(names)}: expected different names; the audit itself adds the stack")
     for trial in trials:
         check_view(trial.view)
-        if not len(trial.truth) or not bool(torch.isfinite(trial.truth).all()):
-            raise AuditError(f"{trial.view.exposure} trial: expected at least one target record, all values finite")
+        if len(trial.truth) < MINIMUM_TARGETS or not bool(torch.isfinite(trial.truth).all()):
+            raise AuditError(
+                f"{trial.view.exposure} trial: {len(trial.truth)} target records; expected at least {MINIMUM_TARGETS}, "
+                "all values finite"
+            )
 
 
 def _find(trial: Trial, suite: Sequence[Attack], source: Source, ticker: _Ticker) -> _Finding:
     view, exposure = trial.view, trial.view.exposure
     entitled = run_suite(answer_alone(view), suite, ticker.for_each(f"{exposure}, from the answer alone"))
-    runs = run_suite(view, suite, ticker.for_each(exposure), members=entitled)
+    entitled = _with_finite_errors(entitled, trial)
+    runs = _with_finite_errors(run_suite(view, suite, ticker.for_each(exposure), members=entitled), trial)
     errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)
     ridge_error = next((run.validation_error for run in runs if isinstance(run.attack, Ridge)), float("inf"))
     scores = []
@@ -242,6 +270,18 @@ def _find(trial: Trial, suite: Sequence[Attack], source: Source, ticker: _Ticker
     return _Finding(trial, entitled, runs, errors_entitled_T, scores, chosen)
 
 
+def _with_finite_errors(runs: Sequence[Run], trial: Trial) -> list[Run]:
+    """The runs; one whose values are so large that their squares overflow is not usable any more."""
+
+    def is_finite(run: Run) -> bool:
+        return run.usable and bool(squared_errors(run.reconstruction.target, trial.truth).isfinite().all())
+
+    judged = [run if is_finite(run) else replace(run, validation_error=math.inf) for run in runs]
+    if not any(run.usable for run in judged):
+        raise AuditError(f"{trial.view.exposure} trial: no attack has errors that are finite; expected saner records")
+    return judged
+
+
 def _value_range(records: Tensor) -> float:
     """1 for pictures, the range of all values for flat records."""
     return 1.0 if records.ndim == 4 else (records.max() - records.min()).item() or 1.0
@@ -264,22 +304,22 @@ def _run_controls(
 
     closed = controls.independent(trial, source.generator("independent", exposure))
     starting = ticker.for_each(f"{exposure}, independent control")
-    value = peek_of(best(run_suite(closed.view, suite, starting, finding.entitled)))
+    value = peek_of(best(_with_finite_errors(run_suite(closed.view, suite, starting, finding.entitled), closed)))
     rotated = controls.identity_rotated(trial, source.generator("rotation", exposure))
+    faint = controls.faint(trial, source.generator("faint", exposure))
     return {
         "identity": open_door("identity", controls.identity(trial)),
         "identity_rotated": open_door("rotated identity", rotated),
+        "faint": open_door("faint", faint),
         "independent": ControlResult(value, controls.INDEPENDENT_AT_MOST, value <= controls.INDEPENDENT_AT_MOST),
     }
 
 
 def _worst_controls(by_trial: Sequence[dict[str, ControlResult]]) -> dict[str, ControlResult]:
     """Of each control the result furthest on the wrong side."""
-    return {
-        "identity": min((each["identity"] for each in by_trial), key=lambda result: result.value),
-        "identity_rotated": min((each["identity_rotated"] for each in by_trial), key=lambda result: result.value),
-        "independent": max((each["independent"] for each in by_trial), key=lambda result: result.value),
-    }
+    doors = ("identity", "identity_rotated", "faint")
+    worst = {name: min((each[name] for each in by_trial), key=lambda result: result.value) for name in doors}
+    return {**worst, "independent": max((each["independent"] for each in by_trial), key=lambda result: result.value)}
 
 
 def _gaussian(suite: Sequence[Attack], source: Source, ticker: _Ticker) -> ControlResult:
@@ -297,13 +337,13 @@ def _gaussian(suite: Sequence[Attack], source: Source, ticker: _Ticker) -> Contr
     return ControlResult(value, 1 + controls.GAUSSIAN_WITHIN, is_near(value))
 
 
-def _verdict(peeks: Sequence[Peek], results: Mapping[str, ControlResult], budget: float | None) -> Verdict:
-    broken = any(value.high < BROKEN_BELOW for value in peeks)
-    if broken or not all(result.passed for result in results.values()):
+def _verdict(findings: Sequence[_Finding], results: Mapping[str, ControlResult], budget: float | None) -> Verdict:
+    sound = all(finding.is_sound for finding in findings)
+    if not sound or not all(result.passed for result in results.values()):
         return "inconclusive"
     if budget is None:
         return "no budget set"
-    return "within budget" if max(value.high for value in peeks) <= budget else "over budget"
+    return "within budget" if max(finding.peek.high for finding in findings) <= budget else "over budget"
 
 
 def _notes(findings: Sequence[_Finding], results: Mapping[str, ControlResult]) -> list[str]:
@@ -319,11 +359,19 @@ def _notes(findings: Sequence[_Finding], results: Mapping[str, ControlResult]) -
                 notes.append(
                     f"{exposure}: {score.name} is undertrained, it lost to ridge regression on validation records"
                 )
-        for run in finding.runs:
-            if not run.usable:
-                notes.append(f"{exposure}: {run.name} is left out, its reconstruction has values that are not finite")
+        for name in finding.left_out:
+            notes.append(f"{exposure}: {name} is left out, its reconstruction has values that are not finite")
+        if len(finding.trial.truth) < ENOUGH_TARGETS:
+            notes.append(
+                f"{exposure}: {len(finding.trial.truth)} target records are too few for a verdict; it takes "
+                f"{ENOUGH_TARGETS}"
+            )
+        if not _is_finite(finding.peek):
+            notes.append(f"{exposure}: the peek is not a finite number, so it says nothing")
         if finding.peek.high < BROKEN_BELOW:
             notes.append(f"{exposure}: the best attack does clearly worse than the answer alone: attacks are broken")
         if not any(isinstance(run.attack, Ridge) for run in finding.runs):
             notes.append(f"{exposure}: no ridge regression in the suite, so nothing tells whether it is undertrained")
+    if all(finding.trial.view.exposure != "trained-on" for finding in findings):
+        notes.append("trained-on: not covered; what the server saw of training records over all epochs is not attacked")
     return notes

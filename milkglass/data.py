@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, final
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milkglass.errors import DataError
+from milkglass.errors import DataError, nearest
 from milkglass.formats import load
 from milkglass.randomness import Source
 from milkglass.records import RawRecords, RawTable, Records
@@ -75,6 +75,7 @@ def deal(
         raise DataError(f"clients {names}: expected at least one name, and no name twice")
     sizes = [_size(share, len(pool)) for share in (test_share, validation_share, auxiliary_share)]
     if test_file is not None:
+        test_file = _with_labels_of(pool, test_file)
         _check_alike(pool, test_file, classes)
         sizes[0] = 0
     left = len(pool) - sum(sizes)
@@ -128,7 +129,7 @@ def _check_enough(pool: RawRecords, parts: Mapping[str, int]) -> None:
 
 def _classes(pool: RawRecords) -> int:
     seen = np.unique(pool.labels)
-    classes = pool.named_classes or len(seen)
+    classes = len(pool.class_names) if pool.class_names is not None else len(seen)
     if classes < 2 or len(seen) < 2:
         raise DataError(f"{pool.where}: all labels are {seen[0]}; expected at least two classes")
     _check_range(pool, classes)
@@ -142,6 +143,18 @@ def _check_range(raw: RawRecords, classes: int) -> None:
             f"{raw.where}: label {raw.labels[outside[0]]} of record {outside[0]} is out of range; "
             f"expected 0 to {classes - 1} for {classes} classes"
         )
+
+
+def _with_labels_of(pool: RawRecords, test_file: RawRecords) -> RawRecords:
+    """The test file with its classes numbered as in the pool, where both name them: a folder may lack a class."""
+    names, test_names = pool.class_names, test_file.class_names
+    if names is None or test_names is None or names == test_names:
+        return test_file
+    for name in test_names:
+        if name not in names:
+            raise DataError(f"{test_file.where}: class {name!r} is not one of {pool.where}; {nearest(name, names)}")
+    numbers = np.array([names.index(name) for name in test_names])
+    return replace(test_file, labels=numbers[test_file.labels], class_names=names)
 
 
 def _check_alike(pool: RawRecords, test_file: RawRecords, classes: int) -> None:
@@ -164,7 +177,8 @@ def _standardized(pool: RawRecords, test_pool: RawRecords, train: Tensor) -> tup
         return pool, test_pool
     numbers = pool.numeric[train.numpy()].astype(np.float64)
     spread = numbers.std(axis=0)
-    scale = np.where(spread > 0, spread, 1.0)  # a constant column stays constant, at 0
+    # a constant column stays constant, at 0; its computed spread is rounding, such as 1e-17 for a column of 0.1
+    scale = np.where(spread > 1e-9 * np.abs(numbers).max(axis=0), spread, 1.0)
     highest = np.maximum(pool.categorical.max(axis=0), test_pool.categorical.max(axis=0))
     categories = tuple(int(code) + 1 for code in highest)
     return (

@@ -145,7 +145,7 @@ def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
             f"{where}: no label column; expected one of {', '.join(_LABEL_COLUMNS)} among {', '.join(columns)}"
         )
     labels = raw_labels(dataset.with_format("numpy")[label][:] if len(dataset) else np.zeros(0, np.int64), where)
-    classes = features[label].num_classes if label in named else None
+    classes = tuple(features[label].names) if label in named else None
     pictures = [c for c in columns if isinstance(features[c], datasets.Image) or _holds_bytes(features[c])]
     if len(pictures) > 1:
         raise DataError(f"{where}: columns {', '.join(pictures)} all hold pictures; expected one")
@@ -165,7 +165,7 @@ def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
     frame = dataset.to_pandas()
     numeric = frame[[column for column in rest if column not in named]].to_numpy(dtype=np.float64)
     categorical = frame[[column for column in rest if column in named]].to_numpy(dtype=np.int64)
-    return replace(raw_table(numeric, categorical, labels, where), named_classes=classes)
+    return replace(raw_table(numeric, categorical, labels, where), class_names=classes)
 
 
 def _stored(item: Any, called: str, may_name_files: bool) -> bytes | str:
@@ -195,7 +195,7 @@ def _from_image_folder(folder: Path) -> RawRecords:
     def fetch(indices: list[int]) -> list[tuple[str, bytes | str]]:
         return [(str(files[index]), str(files[index])) for index in indices]
 
-    return _encoded(fetch, np.array(labels), str(folder), len(names))
+    return _encoded(fetch, np.array(labels), str(folder), tuple(names))
 
 
 def _check_sizes(files: Sequence[Path]) -> None:
@@ -218,7 +218,7 @@ def _encoded(
     fetch: Callable[[list[int]], list[tuple[str, bytes | str]]],
     labels: Array,
     where: str,
-    classes: int | None,
+    classes: tuple[str, ...] | None,
 ) -> RawPictures:
     """Pictures as PNG or JPEG, decoded only when taken; the first one sets size and color.
 

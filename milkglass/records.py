@@ -51,12 +51,12 @@ class Records:
 class RawRecords(ABC):
     """A whole data set as its file holds it. `where` names it in errors; labels (N,) int64, none negative.
 
-    named_classes: how many classes the file gives names to; None where it names none.
+    class_names: the classes' names, in the order of the labels; None where the file names none.
     """
 
     where: str
     labels: Array
-    named_classes: int | None
+    class_names: tuple[str, ...] | None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.decoder import Decoder
+from milkglass.attacks.features import as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
-from milkglass.attacks.ridge import Ridge
+from milkglass.attacks.ridge import Ridge, fit_ridge
 from milkglass.audit import Audit, audit, parse_budget
 from milkglass.errors import AuditError
 from milkglass.transcript import Pairs, Release, Trial, View
@@ -92,10 +93,11 @@ def half() -> Audit:
 
 
 def test_all_controls_pass_for_the_suite(half: Audit) -> None:
-    assert set(half.controls) == {"identity", "identity_rotated", "independent", "gaussian"}
+    assert set(half.controls) == {"identity", "identity_rotated", "faint", "independent", "gaussian"}
     assert all(result.passed for result in half.controls.values())
     assert half.controls["identity"].value > 0.99
     assert half.controls["identity_rotated"].value > 0.99
+    assert half.controls["faint"].value > 0.99
     assert -0.02 < half.controls["independent"].value <= 0.05
     assert 0.9 <= half.controls["gaussian"].value <= 1.1
 
@@ -215,8 +217,74 @@ def test_values_that_are_not_finite_leave_an_attack_out() -> None:
     result = audit([trial_of(half_open())], attacks=[Returns(float("nan")), *QUICK[:2]])
     assert "returns" not in {score.name for score in result.attacks}
     assert any("returns is left out" in note for note in result.notes)
+    assert result.verdict == "inconclusive"
+    assert all(control.passed for control in result.controls.values())  # so that is not the reason
     with pytest.raises(AuditError, match="no attack gave"):
         audit([trial_of(half_open())], attacks=[Returns(float("nan"))])
+
+
+def test_a_peek_that_is_not_finite_is_never_within_budget() -> None:
+    """Good on validation records, so large on the target that squares overflow: the peek would be minus infinity."""
+
+    @final
+    class Overflows(Attack):
+        name: ClassVar[str] = "overflows"
+
+        def attack(self, view: View) -> Reconstruction:
+            made = Ridge().attack(view)
+            wild = made.target.double().clone().fill_(1e200)
+            return replace(made, target=wild) if view.exposure == "repeated" else made
+
+    closed = torch.randn(COUNT, 8, generator=generator(8))
+    result = audit([trial_of(closed), trial_of(closed, "repeated")], attacks=[Overflows()], budget=0.3)
+    assert result.verdict == "inconclusive"
+    assert "repeated: overflows is left out, its reconstruction has values that are not finite" in result.notes
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_few_target_records_have_no_verdict() -> None:
+    trial = trial_of(torch.randn(COUNT, 8, generator=generator(8)))
+
+    def first(count: int) -> Trial:
+        target = Release(trial.view.target.activations[:count], trial.view.target.entitled[:count])
+        return Trial(replace(trial.view, target=target), trial.truth[:count])
+
+    few, enough = (audit([first(count)], attacks=QUICK[:2], budget=1.0) for count in (29, 30))
+    assert (few.verdict, enough.verdict) == ("inconclusive", "within budget")
+    assert any("29 target records are too few for a verdict; it takes 30" in note for note in few.notes)
+    assert not any("too few" in note for note in enough.notes)
+    assert audit([first(8)], attacks=QUICK[:2]).verdict == "inconclusive"
+    with pytest.raises(AuditError, match="7 target records; expected at least 8"):
+        audit([first(7)], attacks=QUICK[:2])
+
+
+def test_what_was_seen_in_training_is_said_not_to_be_covered(half: Audit) -> None:
+    assert sum(note.startswith("trained-on: not covered") for note in half.notes) == 1
+    trained_on = audit([trial_of(half_open(), "trained-on")], attacks=QUICK[:2])
+    assert not any("not covered" in note for note in trained_on.notes)
+
+
+@pytest.mark.parametrize("scale", [0.03, 1e-3, 1e-8])
+def test_a_door_open_at_a_tiny_scale_is_over_budget(scale: float) -> None:
+    sent = torch.cat([scale * world()[0].flatten(1), torch.randn(COUNT, 64, generator=generator(8))], dim=1)
+    result = audit([trial_of(sent)], attacks=QUICK[:3], budget=0.3)
+    assert result.peek.low > 0.95
+    assert result.verdict == "over budget"
+
+
+def test_a_suite_that_knows_one_scale_alone_is_inconclusive() -> None:
+    @final
+    class OneScale(Attack):
+        name: ClassVar[str] = "one scale"
+
+        def attack(self, view: View) -> Reconstruction:
+            fit = fit_ridge(view, features(view))
+            return Reconstruction(as_records(fit.validation_NP, view), as_records(fit.target_TP, view), 0.0)
+
+    result = audit([trial_of(half_open())], attacks=[MeanRecord(), OneScale()], budget=1.0)
+    assert [name for name, control in result.controls.items() if not control.passed] == ["faint"]
+    assert result.controls["faint"].value < 0.1
+    assert result.verdict == "inconclusive"
 
 
 def test_an_attack_is_never_handed_the_truth() -> None:
@@ -232,8 +300,8 @@ def test_an_attack_is_never_handed_the_truth() -> None:
             return Ridge().attack(view)
 
     audit([trial], attacks=[Watches()])
-    # answer alone, the cut, independent, identity, rotated, gaussian
-    assert len(seen) == 6
+    # answer alone, the cut, independent, identity, rotated, faint, gaussian
+    assert len(seen) == 7
     truth = trial.truth.flatten(1)
     told = [view for view in seen if any(_holds(part, truth) for part in _tensors(view))]
     assert len(told) == 1  # the identity control: there the records cross the cut, that is its point

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,7 @@ def test_records_and_entitled_values_stay_as_they_are(trial: Trial) -> None:
     made = [
         controls.identity(trial),
         controls.identity_rotated(trial, generator()),
+        controls.faint(trial, generator()),
         controls.independent(trial, generator()),
     ]
     for control in made:
@@ -63,6 +66,47 @@ def test_rotation_is_one_rotation_for_all(trial: Trial) -> None:
     records = torch.cat([part[1].flatten(1).double() for part in control])
     torch.testing.assert_close(sent @ sent.T, records @ records.T)  # lengths and angles kept, between parts as well
     assert (sent - records).abs().mean() > 0.1
+
+
+def test_large_records_are_rotated_in_blocks(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controls, "ROTATED_AT_ONCE", 6)  # 16 values: blocks of 6, 5 and 5
+    units = Trial(
+        replace(trial.view, target=Release(torch.zeros(16, 2), torch.zeros(16, 5))), torch.eye(16).reshape(16, 1, 4, 4)
+    )
+    (known, records, _), _, (turn, _, _) = parts(controls.identity_rotated(units, generator()))
+    torch.testing.assert_close(turn @ turn.T, torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(known, records.flatten(1).double() @ turn)  # one rotation for all parts
+    reach = (turn.abs() > 1e-12).sum(1)
+    assert sorted(reach.tolist()) == [5] * 10 + [6] * 6
+    assert not torch.equal(reach, reach.sort(descending=True).values)  # a block is no run of neighbors
+
+
+def test_faint_sends_the_record_at_a_tiny_scale_beside_loud_releases_of_others(trial: Trial) -> None:
+    made = parts(controls.faint(trial, generator()))
+    (known, _, _), _, _ = made
+    assert known.shape[1] == (30 - 16) // 2 - 1 + 16  # activations have six values, all of them fit in
+    ratios = torch.cat([sent[:, 6:] / records.flatten(1).double() for sent, records, _ in made])
+    torch.testing.assert_close(ratios, ratios.flatten()[0].expand_as(ratios))
+    assert (known[:, 6:].std() / known[:, :6].std()).item() == pytest.approx(controls.FAINT_SCALE, rel=0.1)
+    for (sent, _, _), (before, _, _) in zip(made, parts(trial), strict=True):
+        same = (sent[:, None, :6].sort(2).values == before.flatten(1).double().sort(1).values[None]).all(2)
+        assert (same.sum(1) == 1).all()
+        assert not same.diagonal().any()
+
+
+def test_faint_keeps_so_few_loud_coordinates_that_the_pairs_pin_a_map_down(trial: Trial) -> None:
+    def of(activations: torch.Tensor, pairs: int) -> int:
+        view = trial.view
+        known = Pairs(activations[:pairs], view.known.records[:pairs], view.known.entitled[:pairs])
+        rest = Pairs(activations[:10], view.validation.records, view.validation.entitled)
+        target = Release(activations[:20], view.target.entitled)
+        made = controls.faint(Trial(View(known, rest, target), trial.truth), generator())
+        return made.view.known.activations.shape[1] - 16
+
+    wide = torch.randn(30, 40, generator=generator())
+    assert (of(wide, 30), of(wide, 20), of(wide, 10)) == (7, 2, 1)
+    assert of(wide[:, :0], 30) == 0
+    assert of(wide[:, 0], 30) == 1
 
 
 def test_independent_sends_the_release_of_another_record_of_the_same_part(trial: Trial) -> None:

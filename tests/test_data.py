@@ -146,6 +146,18 @@ def test_grey_pictures_without_a_channel_axis(tmp_path: Path) -> None:
     )
 
 
+def test_classes_go_by_their_names_where_a_test_folder_lacks_one(tmp_path: Path) -> None:
+    x, labels = pictures(120), some_labels(120)
+    train = load(path=class_folder(tmp_path / "train", x, labels))
+    lacking = load(path=class_folder(tmp_path / "test", x[labels != 1], labels[labels != 1]))
+    assert set(lacking.labels) == {0, 1}  # its own numbers: class-0, class-2
+    found = dealt(train, lacking, test_records=None)
+    assert set(found.test.y.tolist()) == {0, 2}
+    strange = load(path=class_folder(tmp_path / "strange", x, labels + 1))
+    with pytest.raises(DataError, match="class 'class-3' is not one of"):
+        dealt(train, strange)
+
+
 def test_a_parquet_folder_is_read_by_split(tmp_path: Path) -> None:
     parquet(tmp_path / "train-00000-of-00001.parquet", pictures(9), some_labels(9))
     parquet(tmp_path / "test-00000-of-00001.parquet", pictures(6), some_labels(6))
@@ -161,7 +173,7 @@ def test_only_dealt_pictures_are_decoded() -> None:
         decoded.extend(indices.tolist())
         return np.zeros((len(indices), 2, 2, 1), np.uint8)
 
-    raw = RawPictures("many", some_labels(1_000_000), 3, read, (2, 2, 1))
+    raw = RawPictures("many", some_labels(1_000_000), ("a", "b", "c"), read, (2, 2, 1))
     shares: dict[str, Any] = {"auxiliary_share": 1e-4, "validation_share": 1e-4, "test_share": 1e-4}
     assert len(dealt(raw, train_records=50, **shares).train["a"]) == 50
     assert len(decoded) == 350
@@ -204,6 +216,20 @@ def test_tables_are_standardized_with_the_training_part_alone(tmp_path: Path) ->
         expected = np.concatenate([scaler.transform(pool[indices]), hot], axis=1)
         torch.testing.assert_close(records.x, torch.from_numpy(expected.astype(np.float32)), rtol=1e-5, atol=1e-5)
     assert (records.x[:, 2] == 0).all(), "a constant column stays finite"
+
+
+@pytest.mark.parametrize("value", [0.1, 1e6 / 3, -1e-12])
+def test_a_column_that_is_constant_but_for_rounding_counts_as_constant(value: float, tmp_path: Path) -> None:
+    """A test record that differs from it by its own size is at a distance of that, not of 1e16."""
+    numeric = np.column_stack([np.full(1000, value), np.arange(1000.0), 1e6 + np.arange(1000) % 2])
+    labels = some_labels(1000)
+    raw = load(path=npz(tmp_path / "x.npz", numeric=numeric, labels=labels))
+    test = load(path=npz(tmp_path / "t.npz", numeric=numeric * [2, 1, 1], labels=labels))
+    result = dealt(raw, test)
+    assert result.train["a"].x[:, 0].abs().max() < 1e-9 * max(1, abs(value))
+    assert result.test.x[:, 0] == pytest.approx(value, rel=1e-5)
+    for column in (1, 2):  # a large mean does not make a column constant
+        assert result.train["a"].x[:, column].std() == pytest.approx(1, rel=0.01)
 
 
 def test_tables_of_bytes_and_of_parquet_columns(tmp_path: Path) -> None:

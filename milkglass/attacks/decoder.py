@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.attacks.features import Features, as_records, features
-from milkglass.attacks.ridge import RidgeFit, fit_ridge
+from milkglass.attacks.features import Features, as_records
+from milkglass.attacks.ridge import RidgeFit, best_ridge
 from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.randomness import drawing_from, public_source
@@ -59,8 +59,7 @@ class Decoder(Attack):
     def attack(self, view: View) -> Reconstruction:
         """Train on the known pairs, stop by the validation pairs, rebuild the target."""
         start = time.perf_counter()
-        inputs = features(view)
-        fit = fit_ridge(view, inputs)
+        inputs, fit = best_ridge(view)
         source = public_source(self._seed).derive("decoder")
         known, validation, target = _rows(view, inputs, fit)
         with drawing_from(source.generator("weights")):

@@ -2,21 +2,22 @@
 
 Legend: N known pairs, M other rows, F features, P values a record.
 
-Saunders, Gammerman and Vovk 1998. Kernel width and penalty are chosen on validation pairs, from a fit to the first
-`CHOICE_PAIRS` known pairs; then all known pairs (up to a number given) are fitted once with them.
+Saunders, Gammerman and Vovk 1998. Scaling of the features, kernel width and penalty are chosen on validation pairs,
+from a fit to the first `CHOICE_PAIRS` known pairs; then all known pairs (up to a number given) are fitted once with
+them.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
 
 from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.attacks.features import as_records, features, flat
-from milkglass.attacks.ridge import shifted_factor
+from milkglass.attacks.features import Features, as_records, features, flat
 from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.transcript import MINIMUM_PAIRS, View
@@ -44,46 +45,68 @@ class KernelRidge(Attack):
     def attack(self, view: View) -> Reconstruction:
         """Rebuild by the kernel expansion that fits the known pairs best."""
         start = time.perf_counter()
-        inputs = features(view)
-        x_NF, y_NP = inputs.known_NF[: self._pairs], flat(view.known.records)[: self._pairs]
+        choices = [_choose(view, features(view, by_coordinate)) for by_coordinate in (False, True)]
+        best = min(choices, key=lambda choice: choice.error)
+        x_NF, y_NP = best.inputs.known_NF[: self._pairs], flat(view.known.records)[: self._pairs]
         mean_P = y_NP.mean(0)
-        unit = _squared_distances(x_NF[:CHOICE_PAIRS], x_NF[:CHOICE_PAIRS]).mean().item() or 1.0
-        width, penalty = _choose(view, x_NF[:CHOICE_PAIRS], y_NP[:CHOICE_PAIRS], inputs.validation_NF, unit)
-
-        kernel_NN = _squared_distances(x_NF, x_NF).mul_(-width / unit).exp_()
-        factor_NN = shifted_factor(kernel_NN, penalty)
-        while factor_NN is None:  # more pairs than the choice was made on: rounding may ask for a larger penalty
-            penalty *= 10
-            factor_NN = shifted_factor(kernel_NN, penalty)
-        coefficients_NP = torch.cholesky_solve(y_NP - mean_P, factor_NN)
+        kernel_NN = _kernel(_squared_distances(x_NF, x_NF), best.width)
+        coefficients_NP = torch.cholesky_solve(y_NP - mean_P, _shifted_factor(kernel_NN, best.penalty))
 
         def rebuild(rows_MF: Tensor) -> Tensor:
-            kernel_MN = _squared_distances(rows_MF, x_NF).mul_(-width / unit).exp_()
+            kernel_MN = _kernel(_squared_distances(rows_MF, x_NF), best.width)
             return as_records(kernel_MN @ coefficients_NP + mean_P, view)
 
-        validation, target = rebuild(inputs.validation_NF), rebuild(inputs.target_TF)
+        validation, target = rebuild(best.inputs.validation_NF), rebuild(best.inputs.target_TF)
         return Reconstruction(validation, target, time.perf_counter() - start)
 
 
-def _choose(view: View, x_NF: Tensor, y_NP: Tensor, validation_MF: Tensor, unit: float) -> tuple[float, float]:
-    """The (inverse width, penalty) with the least error on validation pairs; larger penalties first."""
+@dataclass(frozen=True)
+class _Choice:
+    """Settings with the least error (mean squared, validation pairs) on these inputs; width of exp(-width d^2)."""
+
+    error: float
+    inputs: Features
+    width: float
+    penalty: float
+
+
+def _choose(view: View, inputs: Features) -> _Choice:
+    """Try every width and penalty, for the error may have two valleys; one eigendecomposition serves all penalties."""
+    x_NF, y_NP = inputs.known_NF[:CHOICE_PAIRS], flat(view.known.records)[:CHOICE_PAIRS]
     mean_P = y_NP.mean(0)
-    between_NN, across_MN = _squared_distances(x_NF, x_NF), _squared_distances(validation_MF, x_NF)
-    best = (float("inf"), INVERSE_WIDTHS[0], PENALTIES[0])
-    for width in INVERSE_WIDTHS:
-        kernel_NN, kernel_MN = (between_NN * (-width / unit)).exp(), (across_MN * (-width / unit)).exp()
-        last = float("inf")
+    between_NN, across_MN = _squared_distances(x_NF, x_NF), _squared_distances(inputs.validation_NF, x_NF)
+    unit = between_NN.mean().item() or 1.0
+    tried = []
+    for inverse_width in INVERSE_WIDTHS:
+        width = inverse_width / unit
+        values_N, vectors_NN = torch.linalg.eigh(_kernel(between_NN.clone(), width))
+        values_N = values_N.clamp_min(0)  # rounding
+        right_NP, probe_MN = vectors_NN.T @ (y_NP - mean_P), _kernel(across_MN.clone(), width) @ vectors_NN
         for penalty in PENALTIES:
-            factor_NN = shifted_factor(kernel_NN, penalty)
-            if factor_NN is None:
-                break
-            guess = as_records(kernel_MN @ torch.cholesky_solve(y_NP - mean_P, factor_NN) + mean_P, view)
+            guess = as_records((probe_MN / (values_N + penalty)) @ right_NP + mean_P, view)
             error = squared_errors(guess, view.validation.records).mean().item()
-            best = min(best, (error, width, penalty))
-            if error > last:
-                break
-            last = error
-    return best[1], best[2]
+            tried.append((error, width, penalty))
+    return _Choice(min(tried)[0], inputs, *min(tried)[1:])
+
+
+def _kernel(squared_distances_MN: Tensor, width: float) -> Tensor:
+    """In place."""
+    return squared_distances_MN.mul_(-width).exp_()
+
+
+def _shifted_factor(system_NN: Tensor, shift: float) -> Tensor:
+    """The lower Cholesky factor of system + shift * identity, or of a larger shift where rounding asks for one.
+
+    That may happen where there are more pairs than the choice was made on.
+    """
+    while True:
+        shifted_NN = system_NN.clone()
+        shifted_NN.diagonal().add_(shift)
+        factor_NN: Tensor
+        factor_NN, failed = torch.linalg.cholesky_ex(shifted_NN)
+        if not failed.item():
+            return factor_NN
+        shift *= 10
 
 
 def _squared_distances(x_MF: Tensor, y_NF: Tensor) -> Tensor:

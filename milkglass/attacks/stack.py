@@ -1,16 +1,18 @@
 """Stacking: the non-negative combination of all attacks' reconstructions that rebuilds validation records best.
 
-Legend: M members, V validation values (rows x values a record).
+Legend: N validation rows, M members.
 
 Breiman, "Stacked regressions" (1996), with the weights fitted on validation pairs instead of by cross-validation. The
-members include the entitled-only decoders, so a stack cannot do clearly worse than the entitled baseline.
+members include the entitled-only decoders, so a stack cannot do clearly worse than the entitled baseline. The stack's
+own validation records are rebuilt crosswise, each half by weights from the other: judged on the records that its
+weights were fitted on, it would look better than it is.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 import scipy.optimize
 import torch
@@ -21,31 +23,56 @@ from milkglass.attacks.features import answer_alone, as_records, flat
 from milkglass.errors import AuditError
 from milkglass.transcript import View
 
+VALUES_AT_ONCE: Final = 1_000_000
+"""How many values (rows x values a record) of each member are looked at together; it bounds the memory."""
+
 
 def combine(view: View, members: Sequence[Reconstruction]) -> Reconstruction:
     """Non-negative least squares over the members' reconstructions; members with values not finite are left out.
 
-    The reconstruction's seconds are those of the combination alone.
+    `validation` is cross-fitted: even rows by weights from the odd ones, and the other way round. `target` is by the
+    weights from all. The seconds are those of the combination alone.
     """
     start = time.perf_counter()
     usable = [m for m in members if bool(torch.isfinite(m.validation).all() and torch.isfinite(m.target).all())]
     if not usable:
         raise AuditError("stack: no member gave a reconstruction whose values are all finite")
-    design_VM = torch.stack([flat(member.validation).flatten() for member in usable], dim=1)
-    # the same least squares problem with M rows instead of V
-    basis_VM, small_MM = torch.linalg.qr(design_VM)
-    right_M = basis_VM.T @ flat(view.validation.records).flatten()
-    weights, _ = scipy.optimize.nnls(small_MM.numpy(), right_M.numpy(), maxiter=100 * len(usable))
-    weights_M = torch.from_numpy(weights)
+    rows_N = torch.arange(len(view.validation))
+    halves = [rows_N[0::2], rows_N[1::2]]
+    systems = [_reduced(view, usable, half) for half in halves]
+    rebuilt = torch.empty_like(view.validation.records)
+    for half, system in zip(halves, reversed(systems), strict=True):
+        rebuilt[half] = _weighted(view, [member.validation[half] for member in usable], _weights(system))
+    target = _weighted(view, [member.target for member in usable], _weights(torch.cat(systems)))
+    return Reconstruction(rebuilt, target, time.perf_counter() - start)
 
-    def weighted(tensors: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros_like(flat(tensors[0]))
-        for weight, tensor in zip(weights_M.tolist(), tensors, strict=True):
-            total += weight * flat(tensor)
-        return as_records(total, view)
 
-    validation, target = weighted([m.validation for m in usable]), weighted([m.target for m in usable])
-    return Reconstruction(validation, target, time.perf_counter() - start)
+def _reduced(view: View, members: Sequence[Reconstruction], rows_N: Tensor) -> Tensor:
+    """The same least squares problem in at most M + 1 rows: [members | records] of these rows, (M + 1, M + 1).
+
+    The triangular factor of the QR decomposition, built up chunk by chunk.
+    """
+    system_SM = torch.zeros(0, len(members) + 1, dtype=torch.float64)
+    step = max(1, VALUES_AT_ONCE // max(1, view.validation.records[0].numel()))
+    for chunk_N in torch.split(rows_N, step):
+        columns = [*(member.validation[chunk_N] for member in members), view.validation.records[chunk_N]]
+        chunk_SM = torch.stack([flat(column).flatten() for column in columns], dim=1)
+        system_SM = torch.linalg.qr(torch.cat([system_SM, chunk_SM]), mode="r").R
+    return system_SM
+
+
+def _weights(system_SM: Tensor) -> list[float]:
+    """Non-negative weights of the members."""
+    members = system_SM.shape[1] - 1
+    weights, _ = scipy.optimize.nnls(system_SM[:, :-1].numpy(), system_SM[:, -1].numpy(), maxiter=100 * members)
+    return [float(weight) for weight in weights]
+
+
+def _weighted(view: View, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(flat(tensors[0]))
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total += weight * flat(tensor)
+    return as_records(total, view)
 
 
 @final

@@ -5,6 +5,7 @@ Legend: N rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ def until(
     for attack in suite:
         runs.append(run_attack(attack, view))
         if best(runs).usable:
-            value = measure(best(runs))
+            measured = measure(best(runs))
+            value = measured if math.isfinite(measured) else value
         if passes(value):
             break
     return value

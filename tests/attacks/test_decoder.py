@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 
+from milkglass.attacks import stack
 from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.decoder import Decoder
-from milkglass.attacks.features import answer_alone, features
+from milkglass.attacks.features import answer_alone, as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge, fit_ridge
@@ -142,6 +144,35 @@ def test_a_dead_coordinate_that_jumps_does_no_harm(attack: Attack, jump: float) 
     assert after < before + 0.01 * truth.var().item()
 
 
+@pytest.mark.parametrize("attack", [Ridge(), KernelRidge(), Decoder(steps=20)], ids=repr)
+@pytest.mark.parametrize("scale", [0.03, 1e-3, 1e-8, 1e-200])
+def test_a_door_open_at_a_tiny_scale_beside_noise_is_walked_through(attack: Attack, scale: float) -> None:
+    records = torch.rand(800, 16, generator=generator(), dtype=torch.float64)
+    noise = torch.randn(800, 16, generator=generator(1), dtype=torch.float64)
+    view, truth = view_of(torch.cat([scale * records, noise], dim=1), records)
+    assert error(attack, view, truth) < 0.05 * truth.var().item()
+
+
+@pytest.mark.parametrize("scale", [0.03, 1e-3, 1e-5])
+def test_ridge_finds_the_second_valley_where_no_coordinate_is_faint(scale: float) -> None:
+    """Rotated, all coordinates are loud, and their own scales do not help: a small enough penalty does."""
+    records = torch.rand(800, 16, generator=generator(), dtype=torch.float64)
+    noise = torch.randn(800, 16, generator=generator(1), dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=generator(2), dtype=torch.float64))[0]
+    view, truth = view_of(torch.cat([scale * records, noise], dim=1) @ rotation, records)
+    assert error(Ridge(), view, truth) < 0.05 * truth.var().item()
+
+
+def test_by_coordinate_each_has_the_same_spread_and_what_never_moves_is_zero() -> None:
+    sent = torch.randn(100, 4, generator=generator(), dtype=torch.float64) * torch.tensor([1.0, 1e3, 1e-200, 0.0]) + 0.1
+    view, _ = view_of(sent, pictures(100))
+    jumped = view.target.activations + torch.tensor([0, 0, 0, 1e4], dtype=torch.float64)
+    rows = features(replace(view, target=replace(view.target, activations=jumped)), by_coordinate=True)
+    torch.testing.assert_close(rows.known_NF[:, :2].square().mean(0) * 2, torch.ones(2, dtype=torch.float64))
+    assert rows.known_NF[:, 2:].abs().max() == 0  # beside 0.1, no digit of 1e-200 is left
+    assert rows.target_TF[:, 2:].abs().max() == 0
+
+
 def test_one_scale_a_block_keeps_small_coordinates_small() -> None:
     sent = torch.randn(100, 3, generator=generator()) * torch.tensor([1.0, 1.0, 1e-6])
     entitled = 1e3 * torch.randn(100, 1, generator=generator(1))
@@ -159,11 +190,13 @@ def test_probabilities_come_with_their_logarithms_on_both_sides() -> None:
     torch.testing.assert_close(features(answer_alone(view)).target_TF, features(view).target_TF[:, 5:])
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    view, _ = view_of(torch.rand(40, 3), pictures(40), torch.full((40, 2), float("nan")))
-    for attack in QUICK[1:]:
-        with pytest.raises(AuditError, match="finite"):
-            attack.attack(view)
+def test_values_that_are_not_finite_or_too_large_are_refused() -> None:
+    for value, line in ((float("nan"), "not all values are finite"), (1e308, "too large to compute with")):
+        entitled = value * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(20)[:, None]
+        view, _ = view_of(torch.rand(40, 3), pictures(40), entitled)
+        for attack in QUICK[1:]:
+            with pytest.raises(AuditError, match=line):
+                attack.attack(view)
 
 
 def test_the_stack_finds_the_best_mix() -> None:
@@ -181,6 +214,36 @@ def test_the_stack_finds_the_best_mix() -> None:
     assert mixed < 0.65 * alone  # two independent errors averaged: half
     with pytest.raises(AuditError, match="no member"):
         combine(view, [broken])
+
+
+def test_the_stack_is_not_judged_on_the_records_that_its_weights_were_fitted_on() -> None:
+    view, truth = view_of(torch.zeros(80, 0), torch.rand(80, 2, generator=generator()))
+    draws = generator(1)
+    members = [  # as many weights as half of the validation values, and nothing to find
+        Reconstruction(torch.rand(20, 2, generator=draws), torch.rand(20, 2, generator=draws), 0.0) for _ in range(20)
+    ]
+    both = combine(view, members)
+    claimed = squared_errors(both.validation, view.validation.records).mean().item()
+    assert claimed > 0.8 * squared_errors(both.target, truth).mean().item()
+
+
+def test_the_stack_in_chunks_is_the_whole_least_squares_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, _ = view_of(torch.zeros(200, 0), torch.rand(200, 8, generator=generator()))
+    validation = view.validation.records
+    draws = generator(1)
+    mixed = [validation + spread * torch.randn(50, 8, generator=draws) for spread in (0.2, 0.3, 0.4)]
+    members = [Reconstruction(values, values, 0.0) for values in mixed]
+    design = torch.stack([values.double().flatten() for values in mixed], dim=1).numpy()
+    weights, _ = scipy.optimize.nnls(design, validation.double().flatten().numpy())
+    slow = torch.from_numpy(design @ weights).reshape(50, 8).float()
+    monkeypatch.setattr(stack, "VALUES_AT_ONCE", 24)  # three rows at a time
+    torch.testing.assert_close(combine(view, members).target, as_records(slow, view))
+    halves = slice(0, None, 2), slice(1, None, 2)
+    for fitted, rebuilt in (halves, halves[::-1]):
+        half = design.reshape(50, 8, 3)[fitted].reshape(-1, 3)
+        weights, _ = scipy.optimize.nnls(half, validation[fitted].double().flatten().numpy())
+        slow = torch.from_numpy(design.reshape(50, 8, 3)[rebuilt] @ weights).float()
+        torch.testing.assert_close(combine(view, members).validation[rebuilt], as_records(slow.flatten(1), view))
 
 
 def test_entitled_only_members_save_a_stack_whose_attack_is_led_astray() -> None:
