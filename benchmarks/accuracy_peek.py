@@ -97,6 +97,8 @@ def render(folder: Path) -> str:
     """The table, in markdown: a row per defense, means and ranges over seeds where there are several."""
     rows: dict[tuple[str | None, float], list[dict[str, Any]]] = {}
     for cell in cells():
+        if not (folder / cell.name / "audit.json").exists():
+            continue  # not made yet: the table tells how many seeds a row has
         summary = json.loads((folder / cell.name / "summary.json").read_text())
         audit = json.loads((folder / cell.name / "audit.json").read_text())
         rows.setdefault((cell.estimator, cell.weight), []).append(
