@@ -1,0 +1,49 @@
+"""The main job from end to end, as `make demo` runs it, with fewer epochs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from milkglass.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def _milkglass(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code, arguments
+
+
+def _demo_commands() -> list[list[str]]:
+    """The commands of the Makefile's demo, so that this test runs what a newcomer runs."""
+    makefile = (ROOT / "Makefile").read_text()
+    names = dict(re.findall(r"^(UNDEFENDED|NOPEEK) := (\S+)$", makefile, flags=re.MULTILINE))
+    lines = re.findall(r"^\t\$\(VENV\)/milkglass (.*)$", makefile, flags=re.MULTILINE)
+    for name, value in names.items():
+        lines = [line.replace(f"$({name})", value) for line in lines]
+    return [line.replace("'", "").split() for line in lines]
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    commands = _demo_commands()
+    assert [command[0] for command in commands] == ["train", "train", "audit", "audit", "report"]
+    for command in commands:
+        shorter = ["--set", "training.epochs=8"] if command[0] == "train" else []
+        _milkglass(*command, *shorter)
+    audits = {name: json.loads(Path(f"runs/demo/{name}/audit.json").read_text()) for name in ("undefended", "nopeek")}
+    for audit in audits.values():
+        assert audit["verdict"] == "no budget set"  # the controls passed
+        assert all(control["passed"] for control in audit["controls"].values())
+        assert audit["peek"]["low"] > 0.2  # neither protects: what the README says
+    assert audits["nopeek"]["peek"]["high"] < audits["undefended"]["peek"]["low"]
+    page = Path("runs/demo/report.html")
+    assert 10_000 < page.stat().st_size < 3_000_000
+    assert Path("runs/demo/nopeek/summary.json").exists()
