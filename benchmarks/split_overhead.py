@@ -1,6 +1,6 @@
 """What crossing a cut costs: split training in one process against the same network trained whole, step by step.
 
-    python benchmarks/split_overhead.py [--steps 60] [--out FILE.json]
+    python benchmarks/split_overhead.py [--steps 60] [--threads 1 2] [--out FILE.json]
 
 Wanted: at most 1.1 x, one thread. Steps are timed in turn (split, whole, split, whole, ...), so that a machine whose
 speed drifts slows both; the ratio is that of the medians.
@@ -39,12 +39,13 @@ def main() -> None:
     """Measure every case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     print(machine_line())
     rows = []
     print("| network | cut | threads | split / whole |\n|---|---|---|---|")
-    for threads in (1, 2):
+    for threads in arguments.threads:
         torch.set_num_threads(threads)
         for network, shape, settings, at in CASES:
             ratio = measure(network, shape, settings, at, arguments.steps)
