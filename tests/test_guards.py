@@ -19,7 +19,10 @@ def _check(kind: Kind, **tensors: Tensor) -> None:
 
 
 def test_what_was_agreed_passes() -> None:
+    """None of these raises; the same guard does refuse the first of them with one tensor more."""
     _check("activations", activations=torch.rand(5, 3), labels=LABELS)
+    with pytest.raises(EgressError, match="it holds activations, labels, records"):
+        _check("activations", activations=torch.rand(5, 3), labels=LABELS, records=torch.rand(5, 3))
     _check("activations", activations=torch.rand(5, 16), labels=LABELS)  # as many values as a record, but other ones
     _check("activations", activations=torch.full((5, 3), 3e38), labels=LABELS)  # finite, though its sum is not
     _check("queries", activations=torch.rand(5, 2, 2, 2))
