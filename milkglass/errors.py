@@ -6,8 +6,10 @@ MilkglassError                 one clear line: what, where, what was expected; e
 ├── CutError                   a network that cannot be cut there
 ├── MessageError               a frame that is truncated, forged, or not what was agreed
 ├── EgressError                a client was about to send what nobody agreed to
+├── HijackError                a client judged its server hostile and stopped
 ├── RunError                   a run folder that exists, is half-written, or is another recipe's
 ├── AuditError                 a view or an attack that cannot be audited
+│   └── MissingKnowledgeError  an attack that must know more than the view holds
 └── MissingExtraError          a part of milkglass that is not installed
 """
 
@@ -41,12 +43,20 @@ class EgressError(MilkglassError):
     """A client refused to send a message."""
 
 
+class HijackError(MilkglassError):
+    """A client's guard judged its server hostile: it stopped sending and kept its checkpoint."""
+
+
 class RunError(MilkglassError):
     """A run folder cannot be used as asked."""
 
 
 class AuditError(MilkglassError):
     """An audit cannot be made from what was given."""
+
+
+class MissingKnowledgeError(AuditError):
+    """An attack must know more than the view holds; an audit goes on without it."""
 
 
 class MissingExtraError(MilkglassError):

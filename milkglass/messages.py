@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -39,3 +39,11 @@ class Message:
             if tensor.requires_grad:
                 raise MessageError(f"message {self.kind!r}: tensor {name!r} is still part of a graph; detach it first")
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+
+class Responder(Protocol):
+    """Whoever answers messages: the server, or, in an audit, an attacker in its place."""
+
+    def reply(self, message: Message) -> Message:
+        """The answer to a message."""
+        ...

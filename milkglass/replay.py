@@ -1,9 +1,10 @@
 """A finished run -> the views of a party that attacks it: fresh releases by the real client, defenses on.
 
-The attacker is the server, honest but curious. It holds auxiliary records, what the client would send for them, and
-what it is entitled to: the class probabilities of the undefended reference network, and the labels.
+The attacker is the server. It holds auxiliary records, what the client would send for them, and what it is entitled to:
+the class probabilities of the undefended reference network, and the labels. What it may know or do beyond (the client's
+weights, a training of the real client against a server of its own) is on the view; each attack says what it uses.
 
-Legend: N records, K classes.
+Legend: N records, R releases, K classes.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milkglass.data import Records
-from milkglass.errors import RunError
+from milkglass.cuts import check_stages, cut
+from milkglass.data import Deal, Records
+from milkglass.defenses.noise import Noise
+from milkglass.errors import HijackError, RunError
+from milkglass.messages import Message, Responder
+from milkglass.networks import build
 from milkglass.parties import Client
-from milkglass.randomness import public_source
-from milkglass.recipe import first_difference
+from milkglass.randomness import Source, public_source, rehearsal_source
+from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder
 from milkglass.training.evaluate import BATCH
-from milkglass.training.split import Progress, Setup, computing_with, digest_of, set_up, train
-from milkglass.transcript import Exposure, Pairs, Release, Trial, View
+from milkglass.training.split import Progress, Setup, batches_of, computing_with, digest_of, set_up, train
+from milkglass.transcript import Driven, Exposure, HonestServer, Knowledge, Pairs, Release, Trial, View
+from milkglass.transports.local import LocalTransport
 
 RELEASES_WHEN_REPEATED: Final = 10
+VALUES_TRAINED_ON: Final = 4096
+"""Of what the server saw over all epochs, so many values a record are attacked: whole epochs, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Replay:
     trials: tuple[Trial, ...]
     defense: str
     reference_accuracy: float
+    notes: tuple[str, ...] = ()
 
 
 def find_reference(run: RunFolder, named: Path | None = None, progress: Progress | None = None) -> RunFolder:
@@ -61,20 +70,26 @@ def find_reference(run: RunFolder, named: Path | None = None, progress: Progress
     return RunFolder.open_finished(path)
 
 
-def replay(run: RunFolder, reference: RunFolder) -> Replay:
+def replay(run: RunFolder, reference: RunFolder, *, trained_on: bool = False) -> Replay:
     """Release the attacker's, the validation and the test records anew, with the run's weights and defenses.
 
-    Noise is drawn anew too, under a key of the audit's own. Exposures: `fresh`, one release of each record; and, where
-    releases differ, `repeated`, the mean of ten.
+    Noise is drawn anew too, under a key of the audit's own. Exposures: `fresh`, one release of each record; where
+    releases differ, `repeated`, ten of each; and, if asked for, `trained-on`, which replays the whole training.
     """
     with computing_with(run.recipe.threads):
         setup = load_parties(run)
         entitled = _entitlement(load_parties(reference))
-        kinds: list[tuple[Exposure, int]] = [("fresh", 1)]
-        if any(defense.random for defense in setup.client.defenses):
-            kinds.append(("repeated", RELEASES_WHEN_REPEATED))
-        trials = tuple(_trial(setup, entitled, exposure, times) for exposure, times in kinds)
-    return Replay(trials, setup.defense, reference.accuracy)
+        knowledge = _knowledge(run, setup)
+        random = any(defense.random for defense in setup.client.defenses)
+        trials = [_trial(setup, entitled, knowledge, "fresh", 1)]
+        notes: list[str] = []
+        if random:
+            trials.append(_trial(setup, entitled, knowledge, "repeated", RELEASES_WHEN_REPEATED))
+        if trained_on:
+            trial, note = _trained_on(run, setup.records, entitled)
+            trials.append(trial)
+            notes.append(note)
+    return Replay(tuple(trials), setup.defense, reference.accuracy, tuple(notes))
 
 
 def load_parties(run: RunFolder) -> Setup:
@@ -91,10 +106,29 @@ def load_parties(run: RunFolder) -> Setup:
     return setup
 
 
-def release_all(client: Client, x: Tensor, times: int = 1) -> Tensor:
-    """What the client sends for records `x` (N, ...): the mean of so many releases, (N, ...)."""
-    parts = [torch.stack([client.release(part) for _ in range(times)]).mean(dim=0) for part in torch.split(x, BATCH)]
-    return torch.cat(parts)
+def release_all(client: Client, x: Tensor) -> Tensor:
+    """What the client sends for records `x` (N, ...), one release of each: (N, ...)."""
+    return torch.cat([client.release(part) for part in torch.split(x, BATCH)])
+
+
+def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, steps: int) -> Driven:
+    """Train the real client from its first weights against `server`, for so many batches, defenses and guards on.
+
+    Then it releases the validation and the test records, once each.
+    """
+    setup = set_up(recipe, private, records=records, wrap=lambda _: LocalTransport(server))
+    part = records.train[setup.client.name]
+    done, epoch, stopped = 0, 0, None
+    try:
+        while done < steps:
+            epoch += 1
+            for rows in batches_of(setup, epoch)[: steps - done]:
+                setup.client.step(part.x[rows], part.y[rows])
+                done += 1
+    except HijackError as error:
+        stopped = str(error)
+    validation, target = (release_all(setup.client, part.x) for part in (records.validation, records.test))
+    return Driven(validation, target, done, stopped)
 
 
 def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
@@ -108,17 +142,120 @@ def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
     return entitled
 
 
-def _trial(setup: Setup, entitled: Callable[[Records], Tensor], exposure: Exposure, times: int) -> Trial:
+def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
+    recipe, records, stage = run.recipe, setup.records, setup.client.stage.eval()
+    for parameter in (*stage.parameters(), *setup.server.stage.parameters()):
+        parameter.requires_grad_(False)  # an attack differentiates by the record, and never trains a party
+    private = _first_key(run)
+
+    def architecture(generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        network = recipe.network
+        model = build(network.name, records.record_shape, records.classes, network.settings, generator)
+        halves = cut(model, at=recipe.cut.at)
+        check_stages(*halves)
+        return halves.bottom, halves.top
+
+    def honest_server() -> HonestServer:
+        return set_up(recipe, private, records=records).server
+
+    weights = hashlib.sha256(recipe.digest().encode())
+    for part in (stage, setup.server.stage):
+        for name, tensor in part.state_dict().items():
+            weights.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return Knowledge(
+        client=stage,
+        noise_sigma=sum(d.sigma**2 for d in setup.client.defenses if isinstance(d, Noise)) ** 0.5,
+        architecture=architecture,
+        server=setup.server.stage.eval(),
+        train=lambda server, steps: drive(recipe, records, private, server, steps),
+        honest_server=honest_server,
+        fingerprint=weights.hexdigest(),
+    )
+
+
+def _first_key(run: RunFolder) -> Source:
+    """The client's key where it follows from the seed; else one of the audit's own: another client of the recipe."""
+    if run.read_json("summary.json")["keys"].endswith("a rehearsal"):
+        return rehearsal_source(run.recipe.seed, run.recipe.parties.clients[0])
+    return public_source(run.recipe.seed).derive("audit", "replayed client")
+
+
+def _trial(
+    setup: Setup, entitled: Callable[[Records], Tensor], knowledge: Knowledge, exposure: Exposure, times: int
+) -> Trial:
     client, records = setup.client, setup.records
 
     def pairs(part: Records) -> Pairs:
-        return Pairs(release_all(client, part.x, times), part.x, entitled(part))
+        repeats = torch.stack([release_all(client, part.x) for _ in range(times)])
+        return Pairs(
+            repeats.mean(dim=0),
+            part.x,
+            entitled(part),
+            labels=part.y,
+            repeats=repeats if times > 1 else None,
+        )
 
+    test = pairs(records.test)
     view = View(
         known=pairs(records.auxiliary),
         validation=pairs(records.validation),
-        target=Release(release_all(client, records.test.x, times), entitled(records.test)),
+        target=Release(test.activations, test.entitled, test.labels, test.repeats),
         exposure=exposure,
-        release=lambda x: release_all(client, x, times),
+        release=lambda x: release_all(client, x),
+        knowledge=knowledge,
     )
     return Trial(view, records.test.x)
+
+
+def _trained_on(run: RunFolder, records: Deal, entitled: Callable[[Records], Tensor]) -> tuple[Trial, str]:
+    """The training once more, and what the server saw of the private records in several of its epochs, side by side.
+
+    The attacker's pairs of an epoch are released at its end; the targets' crossed during it.
+    """
+    recipe, name = run.recipe, run.recipe.parties.clients[0]
+    setup = set_up(recipe, _first_key(run), records=records)
+    part = records.train[name]
+    count = min(len(part), len(records.test))
+    width = release_all(setup.client, part.x[:1])[0].numel()
+    epochs = recipe.training.epochs
+    kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
+    chosen = {round(epochs * (index + 1) / kept) for index in range(kept)}
+    watch = _Watch(setup.server)
+    transport = LocalTransport(watch)
+    setup.client.transport = transport
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    for epoch in range(1, epochs + 1):
+        seen = (
+            release_all(setup.client, part.x[:count]) if epoch in chosen else None
+        )  # those a dropped batch leaves out
+        for rows in batches_of(setup, epoch):
+            setup.client.step(part.x[rows], part.y[rows])
+            if seen is not None:
+                wanted = rows < count
+                seen[rows[wanted]] = watch.last[wanted]
+        if seen is not None:
+            own = [release_all(setup.client, pairs.x) for pairs in (records.auxiliary, records.validation)]
+            columns.append((own[0], own[1], seen))
+    known, validation, target = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
+    targets = part.take(torch.arange(count))
+    view = View(
+        known=Pairs(known, records.auxiliary.x, entitled(records.auxiliary), records.auxiliary.y),
+        validation=Pairs(validation, records.validation.x, entitled(records.validation), records.validation.y),
+        target=Release(target, entitled(targets), targets.y),
+        exposure="trained-on",
+    )
+    note = f"trained-on: {count} private records as they crossed in {len(chosen)} of {epochs} epochs"
+    return Trial(view, targets.x), note
+
+
+class _Watch:
+    """An honest server that remembers the activations it was sent last."""
+
+    def __init__(self, server: Responder) -> None:
+        self._server = server
+        self.last = torch.empty(0)
+
+    def reply(self, message: Message) -> Message:
+        """The honest answer."""
+        self.last = message.tensors["activations"].clone()
+        return self._server.reply(message)

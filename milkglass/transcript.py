@@ -1,19 +1,20 @@
 """What crossed the cut (Transcript), and what one party makes of it (View).
 
-Legend: N records, T targets, D activation values a record, E entitled values a record; trailing `...` is any shape.
+Legend: N records, T targets, R releases of one record, D activation values a record, E entitled values a record;
+trailing `...` is any shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal, final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milkglass.errors import AuditError
-from milkglass.messages import Direction, Message
+from milkglass.messages import Direction, Message, Responder
 
 Exposure = Literal["fresh", "repeated", "trained-on"]
 
@@ -49,44 +50,121 @@ class Transcript:
         return [(crossing.direction, crossing.message.kind) for crossing in self._crossings]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Activations (N, ...) with the records (N, ...) they were computed from and the entitled values (N, E).
 
-    *Entitled* is what the receiver was meant to learn (class probabilities, labels); E may be 0.
+    *Entitled* is what the receiver was meant to learn (class probabilities, labels); E may be 0. labels: (N,) int64.
+    attributes: sensitive columns by name, (N,) int64 from 0. repeats: where each record was released R times, all of
+    them, (R, N, ...); `activations` is then their mean.
     """
 
     activations: Tensor
     records: Tensor
     entitled: Tensor
+    labels: Tensor | None = None
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    repeats: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _same_length("pairs", self.activations, self.records, self.entitled)
+        _same_length("pairs", self.activations, self.records, self.entitled, *_optional(self))
+        _same_length("attributes", self.records, *self.attributes.values())
 
     def __len__(self) -> int:
         return len(self.records)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Release:
-    """Activations (T, ...) and entitled values (T, E) of records that the receiver does not hold."""
+    """Activations (T, ...) and entitled values (T, E) of records that the receiver does not hold; the rest as in Pairs.
+
+    labels: None where the receiver is not given them.
+    """
 
     activations: Tensor
     entitled: Tensor
+    labels: Tensor | None = None
+    repeats: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _same_length("release", self.activations, self.entitled)
+        _same_length("release", self.activations, self.entitled, *_optional(self))
 
     def __len__(self) -> int:
         return len(self.activations)
 
 
-@dataclass(frozen=True)
+class HonestServer(Responder, Protocol):
+    """A server that does what was agreed; a passive attacker may hold one and look at its stage as it trains."""
+
+    stage: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Driven:
+    """What the real client sent for validation (N, ...) and target records (T, ...) after a training replayed for an
+    attacker.
+
+    steps: batches it trained. stopped: why a guard of the client ended the training early; None where none did.
+    """
+
+    validation: Tensor
+    target: Tensor
+    steps: int
+    stopped: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """What an attacker knows or may do beyond its pairs. A part that is None is out of its reach.
+
+    client: the client's trained stage, (N, ...) records -> (N, ...) activations before any noise, differentiable.
+    noise_sigma: the standard deviation of the noise that a release adds to that. architecture: generator -> a client's
+    and a server's stage with untrained weights. server: the server's own stage, trained. train: replays the training of
+    the real client from its first weights against a server of the attacker's, for so many batches, defenses and guards
+    on. honest_server: a server with its first weights, to be held by a passive attacker. fingerprint: changes with
+    anything above, so that results can be kept.
+    """
+
+    client: Callable[[Tensor], Tensor] | None = None
+    noise_sigma: float = 0.0
+    architecture: Callable[[torch.Generator], tuple[nn.Module, nn.Module]] | None = None
+    server: nn.Module | None = None
+    train: Callable[[Responder, int], Driven] | None = None
+    honest_server: Callable[[], HonestServer] | None = None
+    fingerprint: str = ""
+
+
+Known = Literal[
+    "pairs",
+    "records",
+    "labels",
+    "fresh releases",
+    "client weights",
+    "architecture",
+    "server weights",
+    "training",
+    "gradients",
+]
+"""
+pairs           auxiliary records with what the client sends for them
+records         auxiliary records, without
+labels          the labels of its records and of the target
+fresh releases  may have its own records released as often as it likes: it holds the client's stage, defense and all
+client weights  the weights of the client's stage
+architecture    the layers of both stages, not their weights
+server weights  its own stage
+training        sees (or forges) the messages of a training from the start
+gradients       the gradients that one party shared
+"""
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """What one party saw, knows, and may ask for: all that an attack is given.
 
     known: the attacker's own pairs, to fit on. validation: more of them, to choose settings on. target: what the
-    attack is to rebuild. release: fresh releases of the attacker's own records, (N, ...) -> (N, ...), or None.
+    attack is to rebuild. release: one fresh release of each of the attacker's own records, (N, ...) -> (N, ...), or
+    None. knowledge: what it knows beyond.
     """
 
     known: Pairs
@@ -94,17 +172,35 @@ class View:
     target: Release
     exposure: Exposure = "fresh"
     release: Callable[[Tensor], Tensor] | None = None
+    knowledge: Knowledge = Knowledge()
+
+    def lacks(self, needed: Known) -> bool:
+        """Whether this view does not hold what is `needed`."""
+        knows = self.knowledge
+        return {
+            "labels": self.known.labels is None or self.target.labels is None,
+            "fresh releases": self.release is None,
+            "client weights": knows.client is None,
+            "architecture": knows.architecture is None,
+            "server weights": knows.server is None,
+            "training": knows.train is None or knows.honest_server is None,
+            "gradients": True,
+        }.get(needed, False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
-    """A view, and the records (T, ...) behind its target. The audit alone reads `truth`; an attack gets the view."""
+    """A view, and the records (T, ...) behind its target. The audit alone reads `truth`; an attack gets the view.
+
+    attributes: the sensitive columns of the target's records by name, (T,) int64.
+    """
 
     view: View
     truth: Tensor
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _same_length("trial", self.view.target.activations, self.truth)
+        _same_length("trial", self.view.target.activations, self.truth, *self.attributes.values())
 
 
 MINIMUM_PAIRS: Final = 8
@@ -123,6 +219,11 @@ def check_view(view: View) -> None:
     ):
         if not torch.isfinite(tensor).all():
             raise AuditError(f"{name}: not all values are finite (NaN or infinity)")
+
+
+def _optional(rows: Pairs | Release) -> list[Tensor]:
+    labels = [] if rows.labels is None else [rows.labels]
+    return labels if rows.repeats is None else [*labels, rows.repeats.movedim(1, 0)]
 
 
 def _same_length(what: str, *tensors: Tensor) -> None:

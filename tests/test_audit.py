@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.features import as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
@@ -60,7 +60,7 @@ class Noise(Attack):
     name: ClassVar[str] = "noise"
     learned: ClassVar[bool] = True
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
         draws = generator(9)
         validation, target = (
             torch.rand(len(rows), *view.known.records.shape[1:], generator=draws)
@@ -78,7 +78,7 @@ class Returns(Attack):
     def __init__(self, value: float, *shape: int) -> None:
         self._value, self._shape = value, shape
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
         shape = self._shape or tuple(view.known.records.shape[1:])
         return Reconstruction(
             torch.full((len(view.validation), *shape), self._value),
@@ -199,7 +199,7 @@ def test_an_attack_that_is_astray_from_test_records_is_inconclusive() -> None:
     class Astray(Attack):
         name: ClassVar[str] = "astray"
 
-        def attack(self, view: View) -> Reconstruction:
+        def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
             if not view.known.activations[0].numel():
                 return MeanRecord().attack(view)
             made = Ridge().attack(view)
@@ -230,7 +230,7 @@ def test_a_peek_that_is_not_finite_is_never_within_budget() -> None:
     class Overflows(Attack):
         name: ClassVar[str] = "overflows"
 
-        def attack(self, view: View) -> Reconstruction:
+        def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
             made = Ridge().attack(view)
             wild = made.target.double().clone().fill_(1e200)
             return replace(made, target=wild) if view.exposure == "repeated" else made
@@ -277,7 +277,7 @@ def test_a_suite_that_knows_one_scale_alone_is_inconclusive() -> None:
     class OneScale(Attack):
         name: ClassVar[str] = "one scale"
 
-        def attack(self, view: View) -> Reconstruction:
+        def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
             fit = fit_ridge(view, features(view))
             return Reconstruction(as_records(fit.validation_NP, view), as_records(fit.target_TP, view), 0.0)
 
@@ -295,7 +295,7 @@ def test_an_attack_is_never_handed_the_truth() -> None:
     class Watches(Attack):
         name: ClassVar[str] = "watches"
 
-        def attack(self, view: View) -> Reconstruction:
+        def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
             seen.append(view)
             return Ridge().attack(view)
 
@@ -310,7 +310,9 @@ def test_an_attack_is_never_handed_the_truth() -> None:
 
 def _tensors(view: View) -> list[Tensor]:
     parts = (view.known, view.validation, view.target)
-    return [tensor for part in parts for tensor in vars(part).values()]
+    return [
+        tensor for part in parts for tensor in vars(part).values() if isinstance(tensor, Tensor) and tensor.ndim > 1
+    ]
 
 
 def _holds(tensor: Tensor, truth: Tensor) -> bool:

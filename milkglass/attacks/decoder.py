@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import Features, as_records
 from milkglass.attacks.ridge import RidgeFit, best_ridge
 from milkglass.errors import AuditError
@@ -46,6 +46,7 @@ class Decoder(Attack):
     """
 
     name: ClassVar[str] = "decoder"
+    paper: ClassVar[str] = "He, Zhang and Lee, ACSAC 2019"
     learned: ClassVar[bool] = True
 
     def __init__(self, steps: int = 500, width: int = 32, seed: int = 0) -> None:
@@ -56,7 +57,7 @@ class Decoder(Attack):
     def __repr__(self) -> str:
         return f"Decoder(steps={self._steps}, width={self._width}, seed={self._seed})"
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
         """Train on the known pairs, stop by the validation pairs, rebuild the target."""
         start = time.perf_counter()
         inputs, fit = best_ridge(view)
@@ -64,7 +65,7 @@ class Decoder(Attack):
         known, validation, target = _rows(view, inputs, fit)
         with drawing_from(source.generator("weights")):
             network = _network(view, side=known[1].shape[1], width=self._width)
-        best = _train(network, view, known, validation, self._steps, source.generator("batches"))
+        best = _train(network, view, known, validation, self._steps, source.generator("batches"), tick)
         return Reconstruction(
             validation=_rebuild(best, *validation, view),
             target=_rebuild(best, *target, view),
@@ -105,7 +106,13 @@ def _network(view: View, side: int, width: int) -> nn.Module:
 
 
 def _train(
-    network: nn.Module, view: View, known: Rows, validation: Rows, steps: int, generator: torch.Generator
+    network: nn.Module,
+    view: View,
+    known: Rows,
+    validation: Rows,
+    steps: int,
+    generator: torch.Generator,
+    tick: Tick,
 ) -> nn.Module:
     """Adam with a warm-up and a cosine decay; returns the network of the best check, the untrained one included."""
     records = view.known.records.float()
@@ -129,6 +136,7 @@ def _train(
         schedule.step()
         if step % every and step != steps:
             continue
+        tick(step, steps)
         here = error()
         if here < best_error:
             best, best_error, worse = copy.deepcopy(network), here, 0

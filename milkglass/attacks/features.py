@@ -25,7 +25,7 @@ from torch import Tensor
 from milkglass.errors import AuditError
 from milkglass.transcript import Pairs, Release, View
 
-SMALLEST_PROBABILITY: Final = 1e-6
+SMALLEST_PROBABILITY: Final = 1e-12
 """Entitled values are held above this before the logarithm."""
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Final, final
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import Features, as_records, features, flat
 from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
@@ -33,6 +33,7 @@ class KernelRidge(Attack):
     """Smooth decoder in closed form, on at most `pairs` known pairs: its time grows with their cube."""
 
     name: ClassVar[str] = "kernel ridge"
+    paper: ClassVar[str] = "Saunders, Gammerman and Vovk 1998"
 
     def __init__(self, pairs: int = 6000) -> None:
         if pairs < MINIMUM_PAIRS:
@@ -42,7 +43,7 @@ class KernelRidge(Attack):
     def __repr__(self) -> str:
         return f"KernelRidge(pairs={self._pairs})"
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:  # noqa: ARG002
         """Rebuild by the kernel expansion that fits the known pairs best."""
         start = time.perf_counter()
         choices = [_choose(view, features(view, by_coordinate)) for by_coordinate in (False, True)]

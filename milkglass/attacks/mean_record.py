@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import ClassVar, final
 
-from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.transcript import View
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
+from milkglass.transcript import Known, View
 
 
 @final
@@ -14,12 +14,14 @@ class MeanRecord(Attack):
     """Guess the mean of the known records, whatever was sent: what anyone can do who knows such records."""
 
     name: ClassVar[str] = "mean record"
-    knows: ClassVar[tuple[str, ...]] = ("records",)
+    knows: ClassVar[tuple[Known, ...]] = ("records",)
+    paper: ClassVar[str] = "none: the baseline of every other"
+    open_door: ClassVar[float] = float("-inf")  # it looks at nothing
 
     def __repr__(self) -> str:
         return "MeanRecord()"
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:  # noqa: ARG002
         """The mean record for every validation and target row."""
         start = time.perf_counter()
         mean = view.known.records.mean(0)

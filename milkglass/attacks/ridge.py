@@ -16,7 +16,7 @@ from typing import ClassVar, Final, final
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import Features, as_records, features, flat
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.transcript import View
@@ -92,11 +92,12 @@ class Ridge(Attack):
     """Linear decoder in closed form. Exact on an identity cut, rotated or not, from as many pairs as dimensions."""
 
     name: ClassVar[str] = "ridge"
+    paper: ClassVar[str] = "Hoerl and Kennard 1970"
 
     def __repr__(self) -> str:
         return "Ridge()"
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:  # noqa: ARG002
         """Rebuild by the linear map that fits the known pairs best."""
         start = time.perf_counter()
         _, fit = best_ridge(view)

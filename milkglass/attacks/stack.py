@@ -18,7 +18,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import answer_alone, as_records, flat
 from milkglass.errors import AuditError
 from milkglass.transcript import View
@@ -80,6 +80,7 @@ class Stack(Attack):
     """All `members` on the view and on what the party was entitled to alone, combined."""
 
     name: ClassVar[str] = "stack"
+    paper: ClassVar[str] = "Breiman 1996"
 
     def __init__(self, members: Sequence[Attack]) -> None:
         if not members:
@@ -89,9 +90,13 @@ class Stack(Attack):
     def __repr__(self) -> str:
         return f"Stack({list(self._members)!r})"
 
-    def attack(self, view: View) -> Reconstruction:
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
         """Run every member twice and combine. An audit has run them already and calls `combine` itself."""
         start = time.perf_counter()
-        views = (view, answer_alone(view))
-        both = combine(view, [member.attack(seen) for seen in views for member in self._members])
+        made = []
+        for seen in (view, answer_alone(view)):
+            for member in self._members:
+                made.append(member.attack(seen))
+                tick(len(made), 2 * len(self._members))
+        both = combine(view, made)
         return Reconstruction(both.validation, both.target, time.perf_counter() - start)

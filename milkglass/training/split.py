@@ -161,14 +161,20 @@ def set_up(
     return Setup(recipe, records, client, server, transport, cautions)
 
 
-def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
-    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way)."""
+def batches_of(setup: Setup, epoch: int) -> list[torch.Tensor]:
+    """The numbers (B,) of the private records of each batch of an epoch, in the client's own secret order."""
     client, training = setup.client, setup.recipe.training
-    records = setup.records.train[client.name]
-    order = torch.randperm(len(records), generator=client.source.generator("order", epoch))
+    order = torch.randperm(len(setup.records.train[client.name]), generator=client.source.generator("order", epoch))
     batches = list(torch.split(order, training.batch_size))
     if training.drop_last_batch and len(batches[-1]) < training.batch_size:
         batches.pop()
+    return batches
+
+
+def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
+    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way)."""
+    client, batches = setup.client, batches_of(setup, epoch)
+    records = setup.records.train[client.name]
     loss = accuracy = 0.0
     for step, rows in enumerate(batches, start=1):
         result = client.step(records.x[rows], records.y[rows])

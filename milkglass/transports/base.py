@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from milkglass.messages import Direction, Message
-
-
-class Responder(Protocol):
-    """Whoever answers messages: the server, or, in an audit, an attacker in its place."""
-
-    def reply(self, message: Message) -> Message:
-        """The answer to a message."""
-        ...
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from milkglass.codec import decode, encode
-from milkglass.messages import Message
-from milkglass.transports.base import Responder, Transport
+from milkglass.messages import Message, Responder
+from milkglass.transports.base import Transport
 
 
 @final

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from milkglass.attacks import stack
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.features import answer_alone, as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from milkglass.errors import MessageError
-from milkglass.messages import Message
-from milkglass.transports.base import Responder, Transport
+from milkglass.messages import Message, Responder
+from milkglass.transports.base import Transport
 
 
 class Echo:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from milkglass.transports.base import Responder, Transport
+from milkglass.messages import Responder
+from milkglass.transports.base import Transport
 from milkglass.transports.local import LocalTransport
 from milkglass.transports.wrappers import RecordingTransport
 from tests.suites.transport import Echo, TransportSuite, question
