@@ -150,7 +150,8 @@ def _replaced(trial: Trial, sent: Callable[[Tensor, Tensor], Tensor]) -> Trial:
     """The trial with what (activations, records) -> activations makes of each part, and nothing to ask for."""
     view = trial.view
     known, validation = (
-        replace(pairs, activations=sent(pairs.activations, pairs.records)) for pairs in (view.known, view.validation)
+        replace(pairs, activations=sent(pairs.activations, pairs.records), repeats=None)
+        for pairs in (view.known, view.validation)
     )
-    target = replace(view.target, activations=sent(view.target.activations, trial.truth))
-    return Trial(replace(view, known=known, validation=validation, target=target, release=None), trial.truth)
+    target = replace(view.target, activations=sent(view.target.activations, trial.truth), repeats=None)
+    return replace(trial, view=View(known, validation, target, view.exposure))

@@ -60,10 +60,11 @@ def answer_alone(view: View) -> View:
     """The view of a party that got its entitled values and saw no activations: they are zero wide."""
 
     def blind(pairs: Pairs) -> Pairs:
-        return replace(pairs, activations=pairs.entitled[:, :0])
+        return replace(pairs, activations=pairs.entitled[:, :0], repeats=None)
 
-    target = Release(view.target.entitled[:, :0], view.target.entitled)
-    return replace(view, known=blind(view.known), validation=blind(view.validation), target=target, release=None)
+    target = Release(view.target.entitled[:, :0], view.target.entitled, view.target.labels)
+    known, validation = blind(view.known), blind(view.validation)
+    return View(known, validation, target, view.exposure)
 
 
 def flat(tensor: Tensor) -> Tensor:
