@@ -1,220 +1,309 @@
 """Trials in, Audit out: every attack on every exposure, the entitled baseline, the controls, and a verdict.
 
-Legend: T test records.
-
 Pure: it runs attacks on views and talks to nobody. An attack is handed the view; `truth` stays here.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
 
-from milkglass import controls
-from milkglass.attacks.base import Attack
-from milkglass.attacks.features import answer_alone
-from milkglass.attacks.ridge import Ridge
+from milkglass.attacks.base import Attack, Method, Reconstruction
 from milkglass.attacks.stack import Stack
-from milkglass.attacks.suite import Run, best, default_attacks, run_suite, until
+from milkglass.attacks.suite import Runner, Strength, attacks_of, best, from_pairs, membership_attacks
 from milkglass.controls import ControlResult
 from milkglass.errors import AuditError
-from milkglass.leakage.reconstruction import Peek, match_top1, peek, psnr_db, squared_errors, ssim
-from milkglass.randomness import Source, public_source
-from milkglass.transcript import Trial, check_view
+from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find
+from milkglass.inference import InferenceScore, audit_attributes, audit_matching, audit_membership
+from milkglass.leakage.estimate import Estimate
+from milkglass.randomness import public_source
+from milkglass.self_test import DOORS, try_on_gaussian, try_on_trial, worst
+from milkglass.transcript import MembershipTrial, MembershipView, Trial, View, check_view
+from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget, judge
 
-Verdict = Literal["within budget", "over budget", "inconclusive", "no budget set"]
-Progress = Callable[[int, int, str], None]
-"""(done, total, what comes now): pieces of work, of about equal rank but not of equal length."""
-
-BROKEN_BELOW: Final = -0.02
-"""A peek whose whole interval lies below this comes from broken attacks: the entitled-only decoders are among them."""
 MINIMUM_TARGETS: Final = 8
 """With fewer target records nothing is said."""
-ENOUGH_TARGETS: Final = 30
-"""With fewer target records their interval is not to be trusted, and there is no verdict."""
 PICTURES: Final = 12
 
 
-@dataclass(frozen=True)
-class AttackScore:
-    """One attack on one exposure, scored on test records. Higher PSNR, SSIM, peek and matching = more leaks.
+class Progress(Protocol):
+    """Who watches an audit: pieces of work of the whole, and steps of the one at work."""
 
-    mse: mean squared error, of records as they are. psnr_db: decibels. match_top1: 0..1. seconds: to fit and rebuild.
-    undertrained: learned, and worse than ridge regression on validation records.
-    """
+    def piece(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` pieces, of about equal rank but not of equal length, are done; `what` comes now."""
 
-    name: str
-    adversary: str
-    knows: tuple[str, ...]
-    exposure: str
-    mse: float
-    psnr_db: float
-    ssim: float | None
-    peek: Peek
-    match_top1: float
-    seconds: float
-    undertrained: bool
+    def step(self, done: int, total: int) -> None:
+        """The piece at work has done so many of its steps."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in audit.json: `peek` is a number there, its interval stands in `peek_low` and `peek_high`."""
-        interval = {"peek": self.peek.value, "peek_low": self.peek.low, "peek_high": self.peek.high}
-        return {**asdict(self), "knows": list(self.knows), **interval}
+
+class Keeps(Protocol):
+    """Where results are kept, see kept.py."""
+
+    def reconstruction(self, view: View, attack: Method) -> Reconstruction | None:
+        """What the attack gave on this view, if that is kept."""
+
+    def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:
+        """Keep it."""
+
+    def json(self, view: View | MembershipView, what: str) -> Any:
+        """What was found on this view, if that is kept."""
+
+    def keep_json(self, view: View | MembershipView, what: str, content: Any) -> None:
+        """Keep it."""
 
 
 @final
 @dataclass(frozen=True)
 class Audit:
-    """What an attacker rebuilt. `peek`, `error_entitled`, `best_attack`, `pictures`: of the worst exposure.
+    """What an attacker rebuilt or guessed. `error_entitled`, `best_attack`, `pictures`: of the worst exposure.
 
+    measures: each with its 95 % interval, the worst over exposures; "peek" is one of them. exposures: the peek of each.
     pictures: the first records of the target, "records", as rebuilt from the "entitled" values alone, and by attack.
     """
 
-    peek: Peek
-    exposures: Mapping[str, Peek]
+    measures: Mapping[str, Estimate]
+    exposures: Mapping[str, Estimate]
     verdict: Verdict
-    budget: float | None
+    budget: Mapping[str, float] | None
+    strength: Strength
     best_attack: str
     error_entitled: float
     controls: Mapping[str, ControlResult]
     certificate: Mapping[str, Any] | None
     attacks: tuple[AttackScore, ...]
+    inferences: tuple[InferenceScore, ...]
+    curves: tuple[Curve, ...]
+    skipped: Mapping[str, str]
     notes: tuple[str, ...]
     pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def peek(self) -> Estimate:
+        """Of the worst exposure: 1 = the raw record, 0 = nothing beyond the answer."""
+        return self.measures["peek"]
 
     def to_dict(self) -> dict[str, Any]:
         """What audit.json holds; the pictures are not in it."""
         return {
             "peek": self.peek.to_dict(),
+            "measures": {name: value.to_dict() for name, value in self.measures.items()},
             "exposures": {name: value.to_dict() for name, value in self.exposures.items()},
             "verdict": self.verdict,
-            "budget": self.budget,
+            "budget": None if self.budget is None else dict(self.budget),
+            "strength": self.strength,
             "best_attack": self.best_attack,
             "error_entitled": self.error_entitled,
             "controls": {name: result.to_dict() for name, result in self.controls.items()},
             "certificate": dict(self.certificate) if self.certificate is not None else None,
             "attacks": [score.to_dict() for score in self.attacks],
+            "inferences": [score.to_dict() for score in self.inferences],
+            "curves": [asdict(curve) for curve in self.curves],
+            "skipped": [{"attack": name, "why": why} for name, why in self.skipped.items()],
             "notes": list(self.notes),
         }
 
 
-def parse_budget(text: str) -> float:
-    """The number in "peek<=0.3": the most peek that is allowed."""
-    match = re.fullmatch(r"\s*peek\s*<=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*", text)
-    if match is None:
-        raise AuditError(f"budget {text!r} is not understood; expected 'peek<=NUMBER', such as 'peek<=0.3'")
-    limit = float(match[1])
-    if not 0.0 <= limit <= 1.0:
-        raise AuditError(f"budget {text!r}: {limit:g} is out of range; a peek is allowed from 0 to 1")
-    return limit
+def measurable(trials: Sequence[Trial], membership: MembershipTrial | None, strength: Strength) -> list[str]:
+    """The measures that an audit of these trials gives, and a budget may be set on."""
+    first = trials[0]
+    pictures = first.truth.ndim == 4 and min(first.truth.shape[2:]) >= 8
+    names = [name for name in RECONSTRUCTION_MEASURES if pictures or name != "ssim"]
+    names += [f"attribute.{name}" for name in first.attributes]
+    if strength != "quick" and any(not trial.view.lacks("client weights") for trial in trials):
+        names.append(MATCHING)
+    return names if membership is None else [*names, *MEMBERSHIP_MEASURES]
 
 
 def audit(
-    trials: Sequence[Trial],
+    trials: Trial | Sequence[Trial],
     *,
     attacks: Sequence[Attack] | None = None,
-    budget: float | None = None,
+    strength: Strength = "default",
+    membership: MembershipTrial | None = None,
+    budget: Mapping[str, float] | None = None,
     seed: int = 0,
     certificate: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    kept: Keeps | None = None,
+    notes: Sequence[str] = (),
 ) -> Audit:
     """Attack the trials, one per exposure, and judge the worst of them against the budget.
 
-    The best attack is chosen on validation records and scored on test records. Raises AuditError for a trial that no
-    attack can be judged on. See design.md, "What is measured", for the words.
+    The best attack is chosen on validation records and scored on test records. attacks: instead of those of `strength`.
+    kept: where results are kept, so that an interrupted audit goes on. notes: what else a reader has to know. Raises
+    AuditError for a trial that no attack can be judged on. See docs/concepts.md for the words.
     """
-    suite = tuple(attacks) if attacks is not None else default_attacks(seed)
+    trials = [trials] if isinstance(trials, Trial) else list(trials)
+    suite = tuple(attacks) if attacks is not None else attacks_of(strength, seed)
     _check(trials, suite)
-    ticker = _Ticker(progress, total=len(trials) * (3 * len(suite) + 3) + 1)
+    if budget is not None:
+        check_budget(budget, measurable(trials, membership, strength))
     source = public_source(seed).derive("audit")
-    findings = [_find(trial, suite, source, ticker) for trial in trials]
-    results = _worst_controls([_run_controls(finding, suite, source, ticker) for finding in findings])
-    results["gaussian"] = _gaussian(suite, source, ticker)
-    ticker.close()
+    curved = [a for a in from_pairs(suite) if not a.learned or strength == "thorough"] if strength != "quick" else []
+    by_trial = len(from_pairs(suite)) + len(suite) + 1
+    guessed = sum(bool(trial.attributes) for trial in trials) + (membership is not None)
+    work = _Work(progress, kept, total=len(trials) * by_trial + len(DOORS) + 1 + len(curved) + guessed)
 
-    worst = max(findings, key=lambda finding: finding.peek.high if _is_finite(finding.peek) else math.inf)
-    shown = {run.name: run.reconstruction.target[:PICTURES] for run in worst.runs if run.usable}
+    findings = [find(trial, suite, source, work.runner) for trial in trials]
+    results = worst(
+        [try_on_trial(finding, suite, source, work.remember, doors=finding is findings[0]) for finding in findings]
+    )
+    results["gaussian"] = try_on_gaussian(suite, source, work.remember)
+    curves = _curves(findings[0], curved, work)
+    inferences = _inferences(findings, membership, strength, seed, work)
+    work.close()
+
+    measures = _worst_measures(findings, inferences)
+    shown = max(findings, key=lambda finding: _order(finding.measures["peek"]))
     return Audit(
-        peek=worst.peek,
-        exposures=MappingProxyType({finding.trial.view.exposure: finding.peek for finding in findings}),
-        verdict=_verdict(findings, results, budget),
+        measures=MappingProxyType(measures),
+        exposures=MappingProxyType({finding.exposure: finding.measures["peek"] for finding in findings}),
+        verdict=judge(
+            measures,
+            budget,
+            sound=all(finding.is_sound for finding in findings) and all(result.passed for result in results.values()),
+        ),
         budget=budget,
-        best_attack=worst.best.name,
-        error_entitled=worst.errors_entitled_T.mean().item(),
+        strength=strength,
+        best_attack=shown.best.name,
+        error_entitled=shown.errors_entitled_T.mean().item(),
         controls=MappingProxyType(results),
         certificate=certificate,
         attacks=tuple(score for finding in findings for score in finding.scores),
-        notes=tuple(_notes(findings, results)),
-        pictures={
-            "records": worst.trial.truth[:PICTURES],
-            "entitled": best(worst.entitled).reconstruction.target[:PICTURES],
-            **shown,
-        },
+        inferences=tuple(inferences),
+        curves=tuple(curves),
+        skipped=MappingProxyType(_skipped(findings)),
+        notes=(*notes, *_notes(findings, results)),
+        pictures=_pictures(shown),
     )
 
 
 @final
-class _Ticker:
-    """Counts pieces of work for a progress bar."""
+class _Work:
+    """Counts pieces of work for a progress bar, and runs each attack only if its result is not kept already."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, total
+    def __init__(self, progress: Progress | None, kept: Keeps | None, total: int) -> None:
+        self._progress, self._kept, self._done, self._total = progress, kept, 0, total
 
     def now(self, what: str) -> None:
         """Say what comes now; it is one piece of work."""
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress.piece(min(self._done, self._total), self._total, what)
         self._done += 1
 
-    def for_each(self, what: str) -> Callable[[str], None]:
-        """What a suite calls with the name of each attack that it starts; each is one piece of work."""
-        return lambda name: self.now(f"{what}: {name}")
+    def tick(self, done: int, total: int) -> None:
+        """How far the piece at work has come."""
+        if self._progress is not None:
+            self._progress.step(done, total)
+
+    def runner(self, on: str) -> Runner:
+        """What runs an attack; each is a piece of work."""
+
+        def announced(attack: Attack, view: View) -> Reconstruction:
+            self.now(f"{on}: {attack.name}")
+            return self.run(attack, view)
+
+        return announced
+
+    def run(self, attack: Attack, view: View) -> Reconstruction:
+        """Run an attack, as a part of a piece of work, or bring back what it gave."""
+        attack.check(view)
+        if self._kept is None:
+            return attack.attack(view, self.tick)
+        made = self._kept.reconstruction(view, attack)
+        if made is None:
+            made = attack.attack(view, self.tick)
+            self._kept.keep_reconstruction(view, attack, made)
+        return made
+
+    def remember(self, what: str, view: View, compute: Callable[[], float]) -> float:
+        """The number, computed or brought back; a piece of work."""
+        self.now(what.split(" control")[0] + " control")
+        if self._kept is None:
+            return compute()
+        value: object = self._kept.json(view, what)
+        if not isinstance(value, float):
+            value = compute()
+            self._kept.keep_json(view, what, value)
+        return value
+
+    def rows(
+        self, what: str, view: View | MembershipView, compute: Callable[[], Sequence[InferenceScore]]
+    ) -> Sequence[InferenceScore]:
+        """Scored rows, computed or brought back."""
+        kept = None if self._kept is None else self._kept.json(view, what)
+        if isinstance(kept, list):
+            return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept]
+        made = compute()
+        if self._kept is not None:
+            self._kept.keep_json(view, what, [row.to_dict() for row in made])
+        return made
 
     def close(self) -> None:
         """Say that all is done."""
         if self._progress is not None:
-            self._progress(self._total, self._total, "done")
+            self._progress.piece(self._total, self._total, "done")
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """All that was found on one trial."""
-
-    trial: Trial
-    entitled: list[Run]
-    runs: list[Run]
-    errors_entitled_T: Tensor
-    scores: list[AttackScore]
-    peek: Peek
-
-    @property
-    def best(self) -> Run:
-        return best(self.runs)
-
-    @property
-    def left_out(self) -> list[str]:
-        """The names of the attacks that failed, here or from the answer alone."""
-        return list(dict.fromkeys(run.name for run in (*self.runs, *self.entitled) if not run.usable))
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether a verdict may rest on it."""
-        return (
-            len(self.trial.truth) >= ENOUGH_TARGETS
-            and not self.left_out
-            and all(map(_is_finite, (self.peek, *(score.peek for score in self.scores))))
-            and not self.peek.high < BROKEN_BELOW
-        )
+def _curves(finding: Finding, attacks: Sequence[Attack], work: _Work) -> list[Curve]:
+    curves = []
+    for attack in attacks:
+        work.now(f"{finding.exposure}, fewer pairs: {attack.name}")
+        curves.append(attack_curve(finding, attack, work.run))
+    return curves
 
 
-def _is_finite(value: Peek) -> bool:
-    return all(map(math.isfinite, (value.value, value.low, value.high)))
+def _inferences(
+    findings: Sequence[Finding], membership: MembershipTrial | None, strength: Strength, seed: int, work: _Work
+) -> list[InferenceScore]:
+    """What was guessed of the records: their sensitive columns on every exposure, and who was trained on."""
+    rows: list[InferenceScore] = []
+    for finding in findings:
+        trial = finding.trial
+        if trial.attributes:
+            work.now(f"{finding.exposure}: attributes")
+            rows += work.rows("attributes", trial.view, partial(audit_attributes, trial, seed, work.tick))
+        if strength != "quick":
+            rows += work.rows("matching", trial.view, partial(audit_matching, trial, seed, work.tick))
+    if membership is not None:
+        work.now("membership")
+        attacks = membership_attacks(strength, seed)
+        what = f"membership {attacks!r}"
+        rows += work.rows(what, membership.view, partial(audit_membership, membership, attacks, seed, work.tick))
+    return rows
+
+
+def _skipped(findings: Sequence[Finding]) -> dict[str, str]:
+    """Attacks that were run on no exposure at all, and why."""
+    ran = {run.name for finding in findings for run in finding.runs}
+    return {skip.attack: skip.why for finding in findings for skip in finding.skipped if skip.attack not in ran}
+
+
+def _worst_measures(findings: Sequence[Finding], inferences: Sequence[InferenceScore]) -> dict[str, Estimate]:
+    """Of each measure the one with the highest upper end, over exposures and over ways of guessing."""
+    found: dict[str, Estimate] = {}
+    rows = [item for finding in findings for item in finding.measures.items()]
+    rows += [
+        (row.measure, Estimate(row.value, row.low, row.high))
+        for row in inferences
+        if row.details.get("chosen", 1.0)  # of the ways to guess an attribute, the one chosen on validation records
+    ]
+    for name, interval in rows:
+        if name not in found or _order(interval) > _order(found[name]):
+            found[name] = interval
+    return found
+
+
+def _order(interval: Estimate) -> float:
+    """What is not a number comes last: the worst."""
+    return interval.high if interval.is_finite else math.inf
 
 
 def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
@@ -228,6 +317,10 @@ def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
     names = [attack.name for attack in suite]
     if len(set(names)) < len(names) or Stack.name in names:
         raise AuditError(f"attacks {', '.join(names)}: expected different names; the audit itself adds the stack")
+    if not from_pairs(suite):
+        raise AuditError(
+            f"attacks {', '.join(names)}: expected one at least that needs nothing but pairs, such as ridge"
+        )
     for trial in trials:
         check_view(trial.view)
         if len(trial.truth) < MINIMUM_TARGETS or not bool(torch.isfinite(trial.truth).all()):
@@ -237,141 +330,20 @@ def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
             )
 
 
-def _find(trial: Trial, suite: Sequence[Attack], source: Source, ticker: _Ticker) -> _Finding:
-    view, exposure = trial.view, trial.view.exposure
-    entitled = run_suite(answer_alone(view), suite, ticker.for_each(f"{exposure}, from the answer alone"))
-    entitled = _with_finite_errors(entitled, trial)
-    runs = _with_finite_errors(run_suite(view, suite, ticker.for_each(exposure), members=entitled), trial)
-    errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)
-    ridge_error = next((run.validation_error for run in runs if isinstance(run.attack, Ridge)), float("inf"))
-    scores = []
-    for run in runs:
-        if not run.usable:
-            continue
-        rebuilt = run.reconstruction.target
-        errors_T = squared_errors(rebuilt, trial.truth)
-        mse = errors_T.mean().item()
-        scores.append(
-            AttackScore(
-                name=run.name,
-                adversary=run.attack.adversary,
-                knows=run.attack.knows,
-                exposure=exposure,
-                mse=mse,
-                psnr_db=psnr_db(mse, _value_range(trial.truth)),
-                ssim=ssim(rebuilt, trial.truth),
-                peek=peek(errors_T, errors_entitled_T, source.generator("bootstrap", exposure)),
-                match_top1=match_top1(rebuilt, trial.truth),
-                seconds=run.reconstruction.seconds,
-                undertrained=run.attack.learned and run.validation_error > ridge_error,
-            )
-        )
-    chosen = next(score.peek for score in scores if score.name == best(runs).name)
-    return _Finding(trial, entitled, runs, errors_entitled_T, scores, chosen)
+def _pictures(finding: Finding) -> dict[str, Tensor]:
+    rebuilt = {run.name: run.reconstruction.target[:PICTURES] for run in finding.runs if run.usable}
+    entitled = best(finding.entitled).reconstruction.target[:PICTURES]
+    return {"records": finding.trial.truth[:PICTURES], "entitled": entitled, **rebuilt}
 
 
-def _with_finite_errors(runs: Sequence[Run], trial: Trial) -> list[Run]:
-    """The runs; one whose values are so large that their squares overflow is not usable any more."""
-
-    def is_finite(run: Run) -> bool:
-        return run.usable and bool(squared_errors(run.reconstruction.target, trial.truth).isfinite().all())
-
-    judged = [run if is_finite(run) else replace(run, validation_error=math.inf) for run in runs]
-    if not any(run.usable for run in judged):
-        raise AuditError(f"{trial.view.exposure} trial: no attack has errors that are finite; expected saner records")
-    return judged
-
-
-def _value_range(records: Tensor) -> float:
-    """1 for pictures, the range of all values for flat records."""
-    return 1.0 if records.ndim == 4 else (records.max() - records.min()).item() or 1.0
-
-
-def _run_controls(
-    finding: _Finding, suite: Sequence[Attack], source: Source, ticker: _Ticker
-) -> dict[str, ControlResult]:
-    """The controls that are made from a trial. They share its records and entitled values, so its baseline too."""
-    trial, exposure = finding.trial, finding.trial.view.exposure
-    error_entitled = finding.errors_entitled_T.mean().item()
-
-    def peek_of(run: Run) -> float:
-        return 1 - squared_errors(run.reconstruction.target, trial.truth).mean().item() / error_entitled
-
-    def open_door(what: str, door: Trial) -> ControlResult:
-        ticker.now(f"{exposure}, {what} control")
-        value = until(suite, door.view, peek_of, lambda value: value >= controls.IDENTITY_AT_LEAST)
-        return ControlResult(value, controls.IDENTITY_AT_LEAST, value >= controls.IDENTITY_AT_LEAST)
-
-    closed = controls.independent(trial, source.generator("independent", exposure))
-    starting = ticker.for_each(f"{exposure}, independent control")
-    value = peek_of(best(_with_finite_errors(run_suite(closed.view, suite, starting, finding.entitled), closed)))
-    rotated = controls.identity_rotated(trial, source.generator("rotation", exposure))
-    faint = controls.faint(trial, source.generator("faint", exposure))
-    return {
-        "identity": open_door("identity", controls.identity(trial)),
-        "identity_rotated": open_door("rotated identity", rotated),
-        "faint": open_door("faint", faint),
-        "independent": ControlResult(value, controls.INDEPENDENT_AT_MOST, value <= controls.INDEPENDENT_AT_MOST),
-    }
-
-
-def _worst_controls(by_trial: Sequence[dict[str, ControlResult]]) -> dict[str, ControlResult]:
-    """Of each control the result furthest on the wrong side."""
-    doors = ("identity", "identity_rotated", "faint")
-    worst = {name: min((each[name] for each in by_trial), key=lambda result: result.value) for name in doors}
-    return {**worst, "independent": max((each["independent"] for each in by_trial), key=lambda result: result.value)}
-
-
-def _gaussian(suite: Sequence[Attack], source: Source, ticker: _Ticker) -> ControlResult:
-    """The error over the least possible one: near 1, and below it only by the luck of the test records."""
-    ticker.now("gaussian control")
-    trial, least_error = controls.gaussian(source.generator("gaussian"))
-
-    def ratio_of(run: Run) -> float:
-        return squared_errors(run.reconstruction.target, trial.truth).mean().item() / least_error
-
-    def is_near(value: float) -> bool:
-        return abs(value - 1) <= controls.GAUSSIAN_WITHIN
-
-    value = until(suite, trial.view, ratio_of, is_near)
-    return ControlResult(value, 1 + controls.GAUSSIAN_WITHIN, is_near(value))
-
-
-def _verdict(findings: Sequence[_Finding], results: Mapping[str, ControlResult], budget: float | None) -> Verdict:
-    sound = all(finding.is_sound for finding in findings)
-    if not sound or not all(result.passed for result in results.values()):
-        return "inconclusive"
-    if budget is None:
-        return "no budget set"
-    return "within budget" if max(finding.peek.high for finding in findings) <= budget else "over budget"
-
-
-def _notes(findings: Sequence[_Finding], results: Mapping[str, ControlResult]) -> list[str]:
+def _notes(findings: Sequence[Finding], results: Mapping[str, ControlResult]) -> list[str]:
     """What a reader has to know beside the numbers."""
     notes = []
     for name, result in results.items():
         if not result.passed:
             notes.append(f"control {name} failed: {result.value:.3f}, limit {result.limit:.2f}")
     for finding in findings:
-        exposure = finding.trial.view.exposure
-        for score in finding.scores:
-            if score.undertrained:
-                notes.append(
-                    f"{exposure}: {score.name} is undertrained, it lost to ridge regression on validation records"
-                )
-        for name in finding.left_out:
-            notes.append(f"{exposure}: {name} is left out, its reconstruction has values that are not finite")
-        if len(finding.trial.truth) < ENOUGH_TARGETS:
-            notes.append(
-                f"{exposure}: {len(finding.trial.truth)} target records are too few for a verdict; it takes "
-                f"{ENOUGH_TARGETS}"
-            )
-        if not _is_finite(finding.peek):
-            notes.append(f"{exposure}: the peek is not a finite number, so it says nothing")
-        if finding.peek.high < BROKEN_BELOW:
-            notes.append(f"{exposure}: the best attack does clearly worse than the answer alone: attacks are broken")
-        if not any(isinstance(run.attack, Ridge) for run in finding.runs):
-            notes.append(f"{exposure}: no ridge regression in the suite, so nothing tells whether it is undertrained")
-    if all(finding.trial.view.exposure != "trained-on" for finding in findings):
+        notes += finding.notes()
+    if all(finding.exposure != "trained-on" for finding in findings):
         notes.append("trained-on: not covered; what the server saw of training records over all epochs is not attacked")
     return notes

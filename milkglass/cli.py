@@ -79,15 +79,34 @@ def train(
 
 @app.command()
 def audit(
-    run: RunPath,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A run folder, or a folder of activations.npy and records.npy."),
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(metavar="RUN", help="The undefended run of the same recipe; default: trained once.")
+    ] = None,
+    activations: Annotated[
+        Path | None, typer.Option(metavar="A.npy", help="Without RUN: what was sent, recorded with any framework.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="X.npy", help="The records behind the activations, row by row.")
+    ] = None,
+    entitled: Annotated[
+        Path | None, typer.Option(metavar="E.npy", help="What the receiver was meant to learn; default: nothing.")
     ] = None,
     attacks: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="Only these; the mean record, ridge and stack are always there."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(metavar="'peek<=0.3'", help="What the run may show at most.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="'peek<=0.3, ...'", help="What may be shown at most, by measure: peek, match, ssim, ..."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and smaller attacks: under a minute on digits.")
+    ] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Every attack, a malicious server too: hours.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")
     ] = None,
@@ -96,43 +115,46 @@ def audit(
 
     Exit code 0: within the budget, or none set. 3: over it. 4: inconclusive, the attacks failed their own controls.
     """
-    from milkglass.attacks.suite import choose_attacks, default_attacks
-    from milkglass.audit import audit as audit_trials
-    from milkglass.audit import parse_budget
+    from milkglass.audit_files import Plan, audit_recorded, audit_run, where_recorded
     from milkglass.progress import AuditProgress, TrainingProgress
-    from milkglass.replay import find_reference, replay
-    from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
-    from milkglass.training.split import computing_with
+    from milkglass.verdict import parse_budget
 
-    limit = parse_budget(budget) if budget is not None else None
-    target = out or run
-    folder = RunFolder.open_finished(run)
-    suite = default_attacks(folder.recipe.seed)
-    if attacks is not None:
-        suite = choose_attacks(attacks.split(","), suite)
-    folder.accuracy  # noqa: B018  a damaged summary, or a place that cannot be written, is told before the work
-    write_beside(target / "audit.json.partial", b"")
-    (target / "audit.json.partial").unlink()
-    with TrainingProgress(folder.recipe.training.epochs, "reference") as progress:
-        undefended = find_reference(folder, reference, progress)
-    replayed = replay(folder, undefended)
-    with computing_with(folder.recipe.threads), AuditProgress() as watch:
-        found = audit_trials(replayed.trials, attacks=suite, budget=limit, seed=folder.recipe.seed, progress=watch)
-    content = found.to_dict() | {
-        "defense": replayed.defense,
-        "accuracy": folder.accuracy,
-        "reference": str(undefended.path),
-        "reference_accuracy": replayed.reference_accuracy,
-    }
-    write_beside(target / "pictures.safetensors", tensors_as_bytes(found.pictures))
-    write_beside(target / "audit.json", (json.dumps(content, indent=2) + "\n").encode())
+    if quick and thorough:
+        raise MilkglassError("--quick and --thorough: expected one of them, or neither")
+    plan = Plan(
+        strength="quick" if quick else "thorough" if thorough else "default",
+        attacks=attacks.split(",") if attacks is not None else None,
+        budget=parse_budget(budget) if budget is not None else None,
+    )
+    recorded = where_recorded(run, activations, records, entitled)
+    if recorded is not None:
+        if reference is not None:
+            raise MilkglassError("--reference goes with a run folder, not with recorded arrays")
+        if out is None:
+            raise MilkglassError("recorded arrays: --out DIR is missing; it says where audit.json goes")
+        found, content = audit_recorded(recorded, plan, out=out, watching=AuditProgress)
+    else:
+        assert run is not None  # where_recorded refuses that
+        found, content = audit_run(
+            run, plan, reference=reference, out=out, training=TrainingProgress, watching=AuditProgress
+        )
+    subject = run or activations
     for note in found.notes:
-        print(f"{run}: {note}")
+        print(f"{subject}: {note}")
+    for attack, why in found.skipped.items():
+        print(f"{subject}: left out: {attack}: {why}")
+    for name, measure in found.measures.items():
+        if name != "peek":
+            print(f"{subject}: {name} {measure.value:.3f}, 95 % interval {measure.low:.3f} to {measure.high:.3f}")
+    accuracy = ""
+    if recorded is None:
+        accuracy = (
+            f"; defense {content['defense']}; accuracy {content['accuracy']:.3f}, of the undefended reference "
+            f"{content['reference_accuracy']:.3f}"
+        )
     print(
-        f"{run}: {found.verdict}{'' if budget is None else f' ({budget})'}: defense {replayed.defense}; peek "
-        f"{found.peek.value:.3f}, 95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack "
-        f"{found.best_attack}; accuracy {content['accuracy']:.3f}, "
-        f"of the undefended reference {replayed.reference_accuracy:.3f}"
+        f"{subject}: {found.verdict}{'' if budget is None else f' ({budget})'}: peek {found.peek.value:.3f}, "
+        f"95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack {found.best_attack}{accuracy}"
     )
     raise typer.Exit(EXIT_BY_VERDICT[found.verdict])
 

@@ -9,7 +9,7 @@ import difflib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,23 +17,31 @@ from typing import Any, Final
 import numpy as np
 
 from milkglass.errors import DataError, MissingExtraError, nearest
-from milkglass.records import Array, RawPictures, RawRecords, raw_labels, raw_pictures, raw_table
+from milkglass.records import Array, RawPictures, RawRecords, raw_attribute, raw_labels, raw_pictures, raw_table
 
 EMBEDDED: Final = ("digits",)
 _PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
+_NPZ_ARRAYS: Final = ("images", "features", "numeric", "categorical", "labels", "numeric_names", "categorical_names")
 _LABEL_COLUMNS: Final = ("label", "labels", "fine_label")
 # What numpy and zipfile raise on a truncated or forged file.
 _DAMAGE: Final = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def load(
-    *, name: str | None = None, path: Path | None = None, hub: str | None = None, split: str = "train"
+    *,
+    name: str | None = None,
+    path: Path | None = None,
+    hub: str | None = None,
+    split: str = "train",
+    sensitive: Sequence[str] = (),
 ) -> RawRecords:
     """Read a data set from exactly one source.
 
     name: an embedded one (`digits`). path: a `.npz`, a `.parquet` file, a folder of them, or a folder with a subfolder
     of PNG or JPEG pictures per class. hub: "owner/name" on the Hugging Face hub; nothing else here touches the network.
     split: the part to take from the hub, or from a parquet folder whose files are named `SPLIT-*.parquet`.
+    sensitive: names of integer columns to keep beside the records: an array of a `.npz` with a value per record, one of
+    its `categorical_names`, or a column of a parquet file. A column that is an input stays one.
 
     Raises DataError; MissingExtraError where parquet or the hub needs `milkglass[data]`.
     """
@@ -41,19 +49,21 @@ def load(
     if len(given) != 1:
         raise DataError(f"data: {' and '.join(given) or 'nothing'} given; expected exactly one of name, path, hub")
     if name is not None:
-        return _embedded(name)
+        return _with_attributes(_embedded(name), {}, sensitive)
     if hub is not None:
-        return _from_hub(hub, split)
+        return _from_hub(hub, split, sensitive)
     assert path is not None
     if path.is_dir():
         files = sorted(path.glob("*.parquet"))
-        return _from_parquet_folder(path, files, split) if files else _from_image_folder(path)
+        if files:
+            return _from_parquet_folder(path, files, split, sensitive)
+        return _with_attributes(_from_image_folder(path), {}, sensitive)
     if not path.exists():
         raise DataError(_missing(path))
     if path.suffix.lower() == ".npz":
-        return _from_npz(path)
+        return _from_npz(path, sensitive)
     if path.suffix.lower() == ".parquet":
-        return _from_parquet([path], str(path))
+        return _from_parquet([path], str(path), sensitive)
     raise DataError(f"{path}: not a kind of file that is read here; expected .npz, .parquet, or a folder")
 
 
@@ -66,19 +76,45 @@ def _embedded(name: str) -> RawRecords:
     return raw_pictures((digits.images / 16).astype(np.float32), raw_labels(digits.target, name), name)
 
 
-def _from_npz(path: Path) -> RawRecords:
+def _with_attributes(raw: RawRecords, columns: Mapping[str, Array], sensitive: Sequence[str]) -> RawRecords:
+    """The same records with those of the `columns`, by name, that are sensitive."""
+    for name in sensitive:
+        if name not in columns:
+            known = nearest(name, columns) if columns else "its records have no column that could be one"
+            raise DataError(f"{raw.where}: no sensitive column {name!r}; {known}")
+    return replace(
+        raw, attributes={name: raw_attribute(name, columns[name], raw.labels, raw.where) for name in sensitive}
+    )
+
+
+def _from_npz(path: Path, sensitive: Sequence[str]) -> RawRecords:
     where = str(path)
     arrays = _npz_arrays(path)
     if "labels" not in arrays:
         raise DataError(f"{where}: no array `labels`; {nearest('labels', arrays)}")
     labels = raw_labels(arrays["labels"], where)
+    columns = _npz_columns(arrays, where) if sensitive else {}
     if "images" in arrays:
-        return raw_pictures(arrays["images"], labels, where)
+        return _with_attributes(raw_pictures(arrays["images"], labels, where), columns, sensitive)
     key = "features" if "features" in arrays else "numeric"
     if key not in arrays:
         raise DataError(f"{where}: no array `images`, `features` or `numeric`; it holds: {', '.join(arrays)}")
     categorical = arrays.get("categorical") if key == "numeric" else None
-    return raw_table(arrays[key], categorical, labels, where)
+    return _with_attributes(raw_table(arrays[key], categorical, labels, where), columns, sensitive)
+
+
+def _npz_columns(arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
+    """What may be named sensitive: the categorical columns that have a name, and arrays of the user's own."""
+    columns: dict[str, Array] = {}
+    if "categorical_names" in arrays and "categorical" in arrays:
+        names, codes = arrays["categorical_names"], arrays["categorical"]
+        if names.shape != codes.shape[1:]:
+            raise DataError(
+                f"{where}: categorical_names of shape {names.shape} for categorical columns of shape {codes.shape}; "
+                "expected a name for each column"
+            )
+        columns = {str(name): codes[:, index] for index, name in enumerate(names)}
+    return columns | {name: values for name, values in arrays.items() if name not in _NPZ_ARRAYS}
 
 
 def _npz_arrays(path: Path) -> dict[str, Array]:
@@ -96,17 +132,17 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
         raise DataError(f"{path}: cannot be read, truncated or not an .npz file ({_first_line(error)})") from error
 
 
-def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str) -> RawRecords:
+def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str, sensitive: Sequence[str]) -> RawRecords:
     of_split = [file for file in files if file.stem.split("-")[0] == split]
     if of_split:
-        return _from_parquet(of_split, f"{folder} ({split})")
+        return _from_parquet(of_split, f"{folder} ({split})", sensitive)
     if split != "train":
         held = ", ".join(file.name for file in files[:5])
         raise DataError(f"{folder}: no file named {split}-*.parquet in it; it holds: {held}")
-    return _from_parquet(files, str(folder))
+    return _from_parquet(files, str(folder), sensitive)
 
 
-def _from_parquet(files: Sequence[Path], where: str) -> RawRecords:
+def _from_parquet(files: Sequence[Path], where: str, sensitive: Sequence[str]) -> RawRecords:
     datasets = _datasets(where)
     import pyarrow
     import pyarrow.parquet
@@ -114,21 +150,22 @@ def _from_parquet(files: Sequence[Path], where: str) -> RawRecords:
     try:
         tables = [pyarrow.parquet.read_table(file) for file in files]
         # Straight from the table: `datasets` would write a second copy into its cache.
-        return _from_dataset(datasets.Dataset(pyarrow.concat_tables(tables)), where, may_name_files=False)
+        dataset = datasets.Dataset(pyarrow.concat_tables(tables))
+        return _from_dataset(dataset, where, sensitive, may_name_files=False)
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{where}: cannot be read, truncated or not parquet ({_first_line(error)})") from error
 
 
-def _from_hub(hub: str, split: str) -> RawRecords:
+def _from_hub(hub: str, split: str, sensitive: Sequence[str]) -> RawRecords:
     where = f"hub data set {hub!r}, split {split!r}"
     datasets = _datasets(where)
     try:
-        return _from_dataset(datasets.load_dataset(hub, split=split), where, may_name_files=True)
+        return _from_dataset(datasets.load_dataset(hub, split=split), where, sensitive, may_name_files=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{where}: cannot be loaded ({_first_line(error)})") from error
 
 
-def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
+def _from_dataset(dataset: Any, where: str, sensitive: Sequence[str], *, may_name_files: bool) -> RawRecords:
     """A `datasets.Dataset` with labels and a column of pictures, or with labels and numeric columns.
 
     may_name_files: pictures may be names of files, as `datasets` downloads them. A file from elsewhere may not: it
@@ -146,6 +183,8 @@ def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
         )
     labels = raw_labels(dataset.with_format("numpy")[label][:] if len(dataset) else np.zeros(0, np.int64), where)
     classes = tuple(features[label].names) if label in named else None
+    whole = [c for c in columns if c != label and getattr(features[c], "dtype", "").startswith(("int", "uint", "bool"))]
+    extra = {c: np.asarray(dataset.with_format("numpy")[c][:]) for c in whole} if sensitive else {}
     pictures = [c for c in columns if isinstance(features[c], datasets.Image) or _holds_bytes(features[c])]
     if len(pictures) > 1:
         raise DataError(f"{where}: columns {', '.join(pictures)} all hold pictures; expected one")
@@ -157,7 +196,7 @@ def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
             items = column[indices][pictures[0]]
             return [(name, _stored(item, name, may_name_files)) for name, item in zip(called, items, strict=True)]
 
-        return _encoded(fetch, labels, where, classes)
+        return _with_attributes(_encoded(fetch, labels, where, classes), extra, sensitive)
     rest = [column for column in columns if column != label]
     for column in rest:
         if not getattr(features[column], "dtype", "").startswith(("int", "uint", "float", "bool")):
@@ -165,7 +204,8 @@ def _from_dataset(dataset: Any, where: str, may_name_files: bool) -> RawRecords:
     frame = dataset.to_pandas()
     numeric = frame[[column for column in rest if column not in named]].to_numpy(dtype=np.float64)
     categorical = frame[[column for column in rest if column in named]].to_numpy(dtype=np.int64)
-    return replace(raw_table(numeric, categorical, labels, where), class_names=classes)
+    table = replace(raw_table(numeric, categorical, labels, where), class_names=classes)
+    return _with_attributes(table, extra, sensitive)
 
 
 def _stored(item: Any, called: str, may_name_files: bool) -> bytes | str:

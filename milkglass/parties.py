@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from milkglass.codec import shapes
 from milkglass.defenses.base import Defense, NoiseStream
 from milkglass.errors import DataError, MessageError, MilkglassError, RunError
-from milkglass.guards import EgressGuard, finite
+from milkglass.guards import EgressGuard, HijackGuard, finite
 from milkglass.messages import Message
 from milkglass.randomness import Source, drawing_from
 from milkglass.transports.base import Transport
@@ -32,11 +32,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one batch cost: the server's loss, the client's weighted penalty, the share of records classified right."""
+    """What one batch cost: the server's loss, the client's weighted penalty, the share of records classified right.
+
+    mislabeled: the batch went out with wrong labels, to test the server; its figures tell nothing of the training.
+    """
 
     loss: float
     penalty: float
     accuracy: float
+    mislabeled: bool = False
 
 
 class _Party:
@@ -81,8 +85,8 @@ class _Party:
 class Client(_Party):
     """Holds records and the bottom stage. Sends activations, and nothing else that was not agreed.
 
-    optimizer: None if the stage has nothing to train. source: the party's private randomness; by default a fresh one
-    that nobody can repeat.
+    optimizer: None if the stage has nothing to train. hijack_guard: stops the training under a server that looks
+    hostile. source: the party's private randomness; by default a fresh one that nobody can repeat.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Client(_Party):
         transport: Transport,
         *,
         defenses: Sequence[Defense] = (),
+        hijack_guard: HijackGuard | None = None,
         name: str = "client",
         source: Source | None = None,
     ) -> None:
@@ -102,15 +107,19 @@ class Client(_Party):
         self.steps = 0
         self.noise = NoiseStream(self.source.derive("noise"))
         self._guard = EgressGuard()
+        self.hijack_guard = hijack_guard
 
     def state(self) -> dict[str, Tensor]:
         counters = {"steps": torch.tensor(self.steps), "noise_block": torch.tensor(self.noise.block)}
-        return super().state() | counters
+        guard = {} if self.hijack_guard is None else self.hijack_guard.state()
+        return super().state() | counters | {f"guard.{name}": tensor for name, tensor in guard.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
         self.steps = int(state["steps"])
         self.noise.block = int(state["noise_block"])
+        if self.hijack_guard is not None:
+            self.hijack_guard.load_state({name[6:]: state[name] for name in state if name.startswith("guard.")})
 
     def check_egress(self, x: Tensor) -> None:
         """Raise EgressError if a release of records `x` (B, ...) would be refused. Nothing is sent, or counted."""
@@ -120,26 +129,24 @@ class Client(_Party):
         self._guard.check(Message("queries", self.name, self.steps, {"activations": z}), x)
 
     def step(self, x: Tensor, y_B: Tensor) -> StepResult:
-        """Train on one batch: records `x` (B, ...) and labels `y_B` (B,)."""
+        """Train on one batch: records `x` (B, ...) and labels `y_B` (B,); or only test the server with it.
+
+        Raises HijackError where there is a guard and it judges the server hostile; MessageError for a wrong answer.
+        """
         if y_B.shape != (len(x),) or y_B.dtype != torch.int64:
             raise DataError(f"labels: {shapes({'y': y_B})}; expected one int64 number for each of {len(x)} records")
+        guard = self.hijack_guard
+        mislabeled = guard is not None and guard.mislabels(self.steps)
         z = self._release(x, training=True)
         penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z)) is not None]
         penalty = torch.stack(penalties).sum() if penalties else None
-        answer = self._send("activations", "gradients", x, {"activations": z.detach(), "labels": y_B})
-        loss, right = _expect_scalar(answer, "loss"), _expect_scalar(answer, "right")
-        if not math.isfinite(loss):
-            raise MilkglassError(
-                f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate"
-            )
-        dz = _expect(answer, "gradient", z)
-        if not finite(dz.square()):  # an optimizer squares it
-            raise MessageError(f"step {self.steps}: the server sent a gradient that is not finite, or far too large")
-        if not 0 <= right <= len(y_B):
-            raise MessageError(f"step {self.steps}: the server says that {right:g} of {len(y_B)} records were right")
+        told_B = guard.wrong_labels(self.steps, y_B) if guard is not None and mislabeled else y_B
+        loss, right, dz = self._ask_for_gradient(x, z, told_B)
+        if guard is not None:
+            guard.observe(self.steps, dz, y_B)
         for defense in self.defenses:
             dz = defense.returned(dz)
-        if self.optimizer is not None:
+        if self.optimizer is not None and not mislabeled:
             self.optimizer.zero_grad(set_to_none=True)
             if penalty is not None and penalty.requires_grad:
                 torch.autograd.backward([z, penalty], [dz, None])
@@ -147,7 +154,7 @@ class Client(_Party):
                 torch.autograd.backward([z], [dz])
             self.optimizer.step()
         self.steps += 1
-        return StepResult(loss, 0.0 if penalty is None else penalty.item(), right / len(y_B))
+        return StepResult(loss, 0.0 if penalty is None else penalty.item(), right / len(y_B), mislabeled)
 
     @torch.no_grad()
     def release(self, x: Tensor) -> Tensor:
@@ -170,6 +177,21 @@ class Client(_Party):
         for defense in self.defenses:
             z = defense.release(z, self.noise)
         return z
+
+    def _ask_for_gradient(self, x: Tensor, z: Tensor, y_B: Tensor) -> tuple[float, float, Tensor]:
+        """(loss, records classified right, gradient (B, ...)) as the server answers, checked."""
+        answer = self._send("activations", "gradients", x, {"activations": z.detach(), "labels": y_B})
+        loss, right = _expect_scalar(answer, "loss"), _expect_scalar(answer, "right")
+        if not math.isfinite(loss):
+            raise MilkglassError(
+                f"step {self.steps}: the loss is {loss}; training has diverged: lower the learning rate"
+            )
+        dz = _expect(answer, "gradient", z)
+        if not finite(dz.square()):  # an optimizer squares it
+            raise MessageError(f"step {self.steps}: the server sent a gradient that is not finite, or far too large")
+        if not 0 <= right <= len(y_B):
+            raise MessageError(f"step {self.steps}: the server says that {right:g} of {len(y_B)} records were right")
+        return loss, right, dz
 
     def _send(self, kind: str, answer_kind: str, x: Tensor, tensors: Mapping[str, Tensor]) -> Message:
         message = Message(kind, self.name, self.steps, tensors)  # type: ignore[arg-type]

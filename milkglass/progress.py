@@ -74,14 +74,21 @@ class TrainingProgress(_Watch):
 
 @final
 class AuditProgress(_Watch):
-    """Which attack of an audit is at work."""
+    """Which attack of an audit is at work, and how far it has come: a bar for the suite, one for the attack."""
 
     def __init__(self) -> None:
         super().__init__("audit")
+        self._inner = self._bar.add_task("", total=None, note="", visible=False) if self._task is not None else None
 
-    def __call__(self, done: int, total: int, note: str) -> None:
-        """`done` of `total` pieces of work are done; `note` says what comes now."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-        else:
-            self._log(f"audit: {done} of {total}: {note}")
+    def piece(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` pieces of work are done; `what` comes now."""
+        if self._task is None or self._inner is None:
+            self._log(f"audit: {done} of {total}: {what}")
+            return
+        self._bar.update(self._task, completed=done, total=total)
+        self._bar.reset(self._inner, description=what, visible=done < total, note="")
+
+    def step(self, done: int, total: int) -> None:
+        """The attack at work has done so many of its steps."""
+        if self._inner is not None:
+            self._bar.update(self._inner, completed=done, total=total)

@@ -50,6 +50,12 @@ class Data(Section):
     test_share: Share = Field(
         0.2, description="The share of the data set aside for tests, where there is no test file."
     )
+    sensitive: tuple[str, ...] = Field(
+        (),
+        description="Integer columns whose leak the audit measures, such as `sex`: an array of the `.npz` with a value "
+        "per record, one of its `categorical_names`, or a parquet column. A column that is an input stays one.",
+        strict=False,
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -59,6 +65,8 @@ class Data(Section):
             raise ValueError(f"exactly one of name, path and hub says where the records are; found {found}")
         if self.test_split is not None and (self.hub is None or self.test_path is not None):
             raise ValueError("test_split goes with hub, and without test_path")
+        if len(set(self.sensitive)) < len(self.sensitive):
+            raise ValueError(f"sensitive names a column twice: {', '.join(self.sensitive)}")
         return self
 
 
@@ -104,6 +112,32 @@ class Defense(Section):
 
     nopeek: NoPeekDefense | None = Field(None, description="NoPeek's penalty; leave the table out for none.")
     noise: NoiseDefense | None = Field(None, description="Gaussian noise; leave the table out for none.")
+
+
+@final
+class HijackGuard(Section):
+    """Some batches go out mislabeled; a server whose gradients do not tell them apart is refused (SplitGuard)."""
+
+    fake_share: float = Field(
+        0.1, gt=0, le=0.25, description="The share of batches sent with wrong labels; the client learns from none."
+    )
+    warm_up: int = Field(20, ge=2, description="So many batches at the start are all honest.")
+    threshold: float = Field(
+        0.9,
+        gt=0,
+        lt=1,
+        description="Stop where the mean of the last 3 scores (0 hostile, 1 honest) is below it. Honest ones "
+        "are above 0.95 with 10 classes, about 0.93 at the start with 100.",
+    )
+
+
+@final
+class Guard(Section):
+    """How the client watches its server. It is the client's own business: no part of what is agreed."""
+
+    hijack: HijackGuard | None = Field(
+        None, description="Stop under a server that rebuilds records instead of training; leave the table out for none."
+    )
 
 
 @final
@@ -158,6 +192,7 @@ class Recipe(Section):
     network: Network
     cut: Cut
     defense: Defense = Field(default_factory=Defense)
+    guard: Guard = Field(default_factory=Guard)
     training: Training = Field(default_factory=Training)
     parties: Parties = Field(default_factory=Parties)
     attacker: Attacker = Field(default_factory=Attacker)
@@ -175,12 +210,15 @@ class Recipe(Section):
         return self
 
     def undefended(self) -> Recipe:
-        """The same recipe without a defense: the reference that tells what a server is entitled to."""
-        return self.model_copy(update={"defense": Defense()})
+        """The same recipe without a defense or a guard: the reference that tells what a server is entitled to."""
+        return self.model_copy(update={"defense": Defense(), "guard": Guard()})
 
     def agreed(self) -> dict[str, Any]:
-        """The part that all parties must agree on: all but where the data lie and which packages read them."""
-        return self.model_dump(mode="json", exclude={"versions": True, "data": {"path", "test_path"}})
+        """The part that all parties must agree on: all but data paths, package versions, and the client's own guard."""
+        local = {"path", "test_path"}
+        if not self.data.sensitive:
+            local.add("sensitive")  # a recipe from before there was the key keeps its digest
+        return self.model_dump(mode="json", exclude={"versions": True, "guard": True, "data": local})
 
     def digest(self) -> str:
         """SHA-256 of the agreed part, in hexadecimal."""

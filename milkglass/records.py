@@ -8,7 +8,7 @@ Legend: N records, n of them taken, B batch, C channels, H height, W width, F co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
@@ -29,34 +29,41 @@ class Records:
     """Records ready for a network.
 
     x: pictures (N, C, H, W) float32 in [0, 1], or a table (N, F) float32 in standardized columns. y: (N,) int64, from 0
-    to K - 1.
+    to K - 1. attributes: the sensitive columns by name, (N,) int64 codes from 0; never an input by themselves.
     """
 
     x: Tensor
     y: Tensor
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise DataError(f"{len(self.x)} records and {len(self.y)} labels; expected as many of one as of the other")
+        for what, values in (("labels", self.y), *self.attributes.items()):
+            if len(self.x) != len(values):
+                raise DataError(
+                    f"{len(self.x)} records and {len(values)} {what}; expected as many of one as of the other"
+                )
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, indices: Tensor) -> Records:
         """The records of these numbers (n,), in this order."""
-        return Records(self.x[indices], self.y[indices])
+        attributes = {name: values[indices] for name, values in self.attributes.items()}
+        return Records(self.x[indices], self.y[indices], attributes)
 
 
 @dataclass(frozen=True)
 class RawRecords(ABC):
     """A whole data set as its file holds it. `where` names it in errors; labels (N,) int64, none negative.
 
-    class_names: the classes' names, in the order of the labels; None where the file names none.
+    class_names: the classes' names, in the order of the labels; None where the file names none. attributes: the
+    sensitive columns by name, (N,) int64 codes from 0.
     """
 
     where: str
     labels: Array
     class_names: tuple[str, ...] | None
+    attributes: Mapping[str, Array] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +80,8 @@ class RawRecords(ABC):
     def take(self, indices: Tensor) -> Records:
         """Convert the records of these numbers (n,), and no other."""
         chosen = indices.numpy()
-        return Records(self.rows(chosen), torch.from_numpy(self.labels[chosen]))
+        attributes = {name: torch.from_numpy(values[chosen]) for name, values in self.attributes.items()}
+        return Records(self.rows(chosen), torch.from_numpy(self.labels[chosen]), attributes)
 
 
 @final
@@ -176,6 +184,23 @@ def raw_labels(values: Array, where: str) -> Array:
     if len(negative):
         raise DataError(f"{where}: label {labels[negative[0]]} of record {negative[0]}; expected integers from 0")
     return labels
+
+
+def raw_attribute(name: str, values: Array, labels: Array, where: str) -> Array:
+    """A sensitive column (N,) int64 from integer codes from 0, at least two different ones. Raises DataError else."""
+    what = f"sensitive column {name!r}"
+    if values.ndim != 1 or values.dtype.kind not in "uib":
+        raise DataError(
+            f"{where}: {what} is {values.dtype} of shape {values.shape}; expected an integer for each record"
+        )
+    _check_lengths(values, labels, f"values of {what}", where)
+    if values.min() < 0 or values.max() >= _MOST_CATEGORIES:
+        raise DataError(
+            f"{where}: {what} reaches from {values.min()} to {values.max()}; expected 0 to {_MOST_CATEGORIES - 1}"
+        )
+    if values.min() == values.max():
+        raise DataError(f"{where}: {what} is {values[0]} in every record; expected at least two values")
+    return values.astype(np.int64)
 
 
 def _check_lengths(values: Array, labels: Array, what: str, where: str) -> None:

@@ -30,8 +30,19 @@ from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder
 from milkglass.training.evaluate import BATCH
-from milkglass.training.split import Progress, Setup, batches_of, computing_with, digest_of, set_up, train
-from milkglass.transcript import Driven, Exposure, HonestServer, Knowledge, Pairs, Release, Trial, View
+from milkglass.training.split import Progress, Setup, Silence, batches_of, computing_with, digest_of, set_up, train
+from milkglass.transcript import (
+    Driven,
+    Exposure,
+    HonestServer,
+    Knowledge,
+    MembershipTrial,
+    MembershipView,
+    Pairs,
+    Release,
+    Trial,
+    View,
+)
 from milkglass.transports.local import LocalTransport
 
 RELEASES_WHEN_REPEATED: Final = 10
@@ -46,6 +57,7 @@ class Replay:
     trials: tuple[Trial, ...]
     defense: str
     reference_accuracy: float
+    membership: MembershipTrial | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -70,7 +82,9 @@ def find_reference(run: RunFolder, named: Path | None = None, progress: Progress
     return RunFolder.open_finished(path)
 
 
-def replay(run: RunFolder, reference: RunFolder, *, trained_on: bool = False) -> Replay:
+def replay(
+    run: RunFolder, reference: RunFolder, *, trained_on: bool = False, progress: Progress | None = None
+) -> Replay:
     """Release the attacker's, the validation and the test records anew, with the run's weights and defenses.
 
     Noise is drawn anew too, under a key of the audit's own. Exposures: `fresh`, one release of each record; where
@@ -86,10 +100,12 @@ def replay(run: RunFolder, reference: RunFolder, *, trained_on: bool = False) ->
         if random:
             trials.append(_trial(setup, entitled, knowledge, "repeated", RELEASES_WHEN_REPEATED))
         if trained_on:
-            trial, note = _trained_on(run, setup.records, entitled)
+            trial, note = _trained_on(run, setup.records, entitled, progress or Silence())
             trials.append(trial)
             notes.append(note)
-    return Replay(tuple(trials), setup.defense, reference.accuracy, tuple(notes))
+    return Replay(
+        tuple(trials), setup.defense, reference.accuracy, membership=_membership(setup, knowledge), notes=tuple(notes)
+    )
 
 
 def load_parties(run: RunFolder) -> Setup:
@@ -192,6 +208,7 @@ def _trial(
             part.x,
             entitled(part),
             labels=part.y,
+            attributes=part.attributes,
             repeats=repeats if times > 1 else None,
         )
 
@@ -204,10 +221,27 @@ def _trial(
         release=lambda x: release_all(client, x),
         knowledge=knowledge,
     )
-    return Trial(view, records.test.x)
+    return Trial(view, records.test.x, records.test.attributes)
 
 
-def _trained_on(run: RunFolder, records: Deal, entitled: Callable[[Records], Tensor]) -> tuple[Trial, str]:
+def _membership(setup: Setup, knowledge: Knowledge) -> MembershipTrial:
+    """As many private training records as test records, and which of them are members."""
+    client, records = setup.client, setup.records
+    members = records.train[client.name]
+    count = min(len(members), len(records.test))
+    first = torch.arange(count)
+    x = torch.cat([members.x[first], records.test.x[first]])
+    y = torch.cat([members.y[first], records.test.y[first]])
+    outside_x = torch.cat([records.auxiliary.x, records.validation.x])
+    outside_y = torch.cat([records.auxiliary.y, records.validation.y])
+    candidates = Release(release_all(client, x), torch.zeros(len(x), 0), y)
+    outsiders = Pairs(release_all(client, outside_x), outside_x, torch.zeros(len(outside_x), 0), outside_y)
+    return MembershipTrial(MembershipView(candidates, outsiders, knowledge), torch.arange(len(x)) < count)
+
+
+def _trained_on(
+    run: RunFolder, records: Deal, entitled: Callable[[Records], Tensor], progress: Progress
+) -> tuple[Trial, str]:
     """The training once more, and what the server saw of the private records in several of its epochs, side by side.
 
     The attacker's pairs of an epoch are released at its end; the targets' crossed during it.
@@ -228,8 +262,10 @@ def _trained_on(run: RunFolder, records: Deal, entitled: Callable[[Records], Ten
         seen = (
             release_all(setup.client, part.x[:count]) if epoch in chosen else None
         )  # those a dropped batch leaves out
-        for rows in batches_of(setup, epoch):
-            setup.client.step(part.x[rows], part.y[rows])
+        batches = batches_of(setup, epoch)
+        for step, rows in enumerate(batches, start=1):
+            result = setup.client.step(part.x[rows], part.y[rows])
+            progress.batch(epoch, step, len(batches), result)
             if seen is not None:
                 wanted = rows < count
                 seen[rows[wanted]] = watch.last[wanted]
@@ -238,14 +274,18 @@ def _trained_on(run: RunFolder, records: Deal, entitled: Callable[[Records], Ten
             columns.append((own[0], own[1], seen))
     known, validation, target = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
     targets = part.take(torch.arange(count))
+
+    def pairs(sent: Tensor, of: Records) -> Pairs:
+        return Pairs(sent, of.x, entitled(of), of.y, of.attributes)
+
     view = View(
-        known=Pairs(known, records.auxiliary.x, entitled(records.auxiliary), records.auxiliary.y),
-        validation=Pairs(validation, records.validation.x, entitled(records.validation), records.validation.y),
+        known=pairs(known, records.auxiliary),
+        validation=pairs(validation, records.validation),
         target=Release(target, entitled(targets), targets.y),
         exposure="trained-on",
     )
     note = f"trained-on: {count} private records as they crossed in {len(chosen)} of {epochs} epochs"
-    return Trial(view, targets.x), note
+    return Trial(view, targets.x, targets.attributes), note
 
 
 class _Watch:

@@ -203,6 +203,74 @@ class Trial:
         _same_length("trial", self.view.target.activations, self.truth, *self.attributes.values())
 
 
+@dataclass(frozen=True, eq=False)
+class LabelView:
+    """What a party that must not know the labels saw of a training: the gradients that it was sent, (T, ...).
+
+    activations: what it sent for these records, (T, ...), or None. known_rows, known_labels: (k,) int64, the few rows
+    whose labels it has got to know all the same; k may be 0. classes: of the labels, 0 .. classes - 1.
+    """
+
+    gradients: Tensor
+    activations: Tensor | None
+    known_rows: Tensor
+    known_labels: Tensor
+    classes: int
+
+    def __post_init__(self) -> None:
+        _same_length("label view", self.gradients, *([] if self.activations is None else [self.activations]))
+        _same_length("known labels", self.known_rows, self.known_labels)
+        for what, values, end in (
+            ("known rows", self.known_rows, len(self.gradients)),
+            ("known labels", self.known_labels, self.classes),
+        ):
+            if not bool(((values >= 0) & (values < end)).all()):
+                raise AuditError(f"label view: {what} are out of range; expected 0 to {end - 1}")
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTrial:
+    """A label view, and the labels (T,) int64 of its rows. The audit alone reads these, and not at the known rows."""
+
+    view: LabelView
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        _same_length("label trial", self.view.gradients, self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class MembershipView:
+    """Candidates of which some were trained on, with their labels, and the attacker's own records, which were not.
+
+    candidates: as the trained client releases them. outsiders: the same of the attacker's own records. records: those
+    of the candidates, (T, ...), where the attacker holds the very record that it asks about; None where it has only
+    what crossed.
+    """
+
+    candidates: Release
+    outsiders: Pairs
+    knowledge: Knowledge = Knowledge()
+    records: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _same_length("candidates", self.candidates.activations, *([] if self.records is None else [self.records]))
+
+
+@dataclass(frozen=True, eq=False)
+class MembershipTrial:
+    """A membership view, and whether each candidate was trained on, (T,) bool. The audit alone reads `member`."""
+
+    view: MembershipView
+    member: Tensor
+
+    def __post_init__(self) -> None:
+        _same_length("membership trial", self.view.candidates.activations, self.member)
+
+
 MINIMUM_PAIRS: Final = 8
 
 

@@ -242,6 +242,85 @@ def test_tables_of_bytes_and_of_parquet_columns(tmp_path: Path) -> None:
     assert torch.equal(dealt(raw).train["a"].x, dealt(same).train["a"].x)
 
 
+# Sensitive columns.
+
+
+def test_sensitive_columns_are_dealt_along_and_change_no_record(tmp_path: Path) -> None:
+    """A named categorical column stays an input; an array of its own never is one. A digest tells them apart."""
+    draw = np.random.default_rng(4)
+    arrays: dict[str, Array] = {
+        "numeric": draw.normal(size=(200, 2)),
+        "categorical": draw.integers(0, [4, 2], (200, 2)).astype(np.int16),
+        "categorical_names": np.array(["job", "sex"]),
+        "labels": some_labels(200),
+        "region": draw.integers(0, 5, 200).astype(np.uint8),
+    }
+    path = npz(tmp_path / "x.npz", **arrays)
+    plain, named = dealt(load(path=path)), dealt(load(path=path, sensitive=["sex", "region"]), clients=["a", "b"])
+    for name, (records, indices) in parts(named).items():
+        assert records.attributes["sex"].tolist() == arrays["categorical"][indices, 1].tolist(), name
+        assert records.attributes["region"].tolist() == arrays["region"][indices].tolist()
+        assert {values.dtype for values in records.attributes.values()} == {torch.int64}
+    chosen = named.test.take(torch.tensor([3, 1]))
+    assert chosen.attributes["region"].tolist() == named.test.attributes["region"][[3, 1]].tolist()
+    assert plain.record_shape == named.record_shape == (2 + 4 + 2,)
+    assert torch.equal(plain.test.x, named.test.x)
+    assert plain.test.attributes == {}
+
+
+def test_a_sensitive_parquet_column(tmp_path: Path) -> None:
+    columns = {"age": np.arange(90.0), "sex": np.arange(90) % 2, "label": some_labels(90)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    table = load(path=tmp_path / "x.parquet", sensitive=["sex"])
+    assert table.attributes["sex"].tolist() == columns["sex"].tolist()
+    assert isinstance(table, RawTable)
+    assert table.numeric.shape == (90, 2), "a column that is an input stays one"
+    rows = [{"bytes": png(pixels.squeeze()), "path": None} for pixels in pictures(90)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows, **columns}), tmp_path / "p.parquet")
+    shown = load(path=tmp_path / "p.parquet", sensitive=["sex"])
+    assert shown.take(torch.tensor([5, 2])).attributes["sex"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "words"),
+    [
+        (np.arange(60) % 2, "sexx", "no sensitive column 'sexx'; did you mean 'sex'? known: sex"),
+        (np.arange(60) % 2, "labels", "no sensitive column 'labels'; known: sex"),
+        (np.zeros(60, int), "sex", "'sex' is 0 in every record; expected at least two values"),
+        (np.arange(60) / 2, "sex", "'sex' is float64 of shape (60,); expected an integer for each record"),
+        (np.zeros((60, 2), int), "sex", "'sex' is int64 of shape (60, 2); expected an integer for each record"),
+        (np.arange(59) % 2, "sex", "59 values of sensitive column 'sex' and 60 labels"),
+        (np.arange(60) - 1, "sex", "reaches from -1 to 58; expected 0 to 999"),
+    ],
+)
+def test_bad_sensitive_columns(column: Array, name: str, words: str, tmp_path: Path) -> None:
+    path = images(tmp_path, sex=column)
+    load(path=path)  # what nobody names is not looked at
+    with pytest.raises(DataError) as caught:
+        load(path=path, sensitive=[name])
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_sources_without_columns_and_names_without_a_column(tmp_path: Path) -> None:
+    sources: list[dict[str, Any]] = [
+        {"name": "digits"},
+        {"path": class_folder(tmp_path / "c", pictures(9), some_labels(9))},
+    ]
+    for source in sources:
+        with pytest.raises(DataError, match="no sensitive column 'sex'; its records have no column that could be one"):
+            load(**source, sensitive=["sex"])
+    arrays: dict[str, Array] = {
+        "numeric": np.ones((60, 1)),
+        "categorical": np.ones((60, 2), int),
+        "labels": some_labels(60),
+    }
+    path = npz(tmp_path / "x.npz", **arrays, categorical_names=np.array(["sex"]))
+    with pytest.raises(DataError, match="expected a name for each column"):
+        load(path=path, sensitive=["sex"])
+    assert len(load(path=path)) == 60
+
+
 # Dealing.
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from milkglass.errors import DataError, MessageError, MilkglassError
+from milkglass.errors import DataError, HijackError, MessageError, MilkglassError
+from milkglass.guards import HijackGuard
 from milkglass.messages import Kind, Message
 from milkglass.parties import Client, Server
-from milkglass.randomness import public_source
+from milkglass.randomness import Source, public_source
 from milkglass.transports.local import LocalTransport
+from milkglass.transports.wrappers import RecordingTransport
+from tests.helpers import KEY
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -37,7 +40,7 @@ class _Answering:
     def __init__(self, kind: Kind, tensors: Mapping[str, Tensor], step: int = 0) -> None:
         self._answer = Message(kind, "server", step, tensors)
 
-    def reply(self, message: Message) -> Message:  # noqa: ARG002
+    def reply(self, message: Message) -> Message:
         return self._answer
 
 
@@ -163,3 +166,56 @@ def test_without_a_source_two_clients_differ() -> None:
     transport = LocalTransport(Server(top, _sgd(top)))
     draws = [Client(bottom, None, transport).noise.gaussian_like(X, "noise") for _ in range(2)]
     assert not torch.equal(*draws)
+
+
+# -- the guard against a hijacking server
+
+
+def _guarded(server: object) -> tuple[Client, RecordingTransport]:
+    bottom, _ = _stages()
+    transport = RecordingTransport(LocalTransport(server))  # type: ignore[arg-type]
+    guard = HijackGuard(Source(KEY), 3, fake_share=0.25, warm_up=4)
+    return Client(bottom, _sgd(bottom), transport, hijack_guard=guard, source=Source(KEY)), transport
+
+
+def test_a_client_learns_from_every_batch_but_the_mislabeled_ones() -> None:
+    _, top = _stages()
+    client, transport = _guarded(Server(top, _sgd(top)))
+    plan = HijackGuard(Source(KEY), 3, fake_share=0.25, warm_up=4)
+    for step in range(20):
+        before = {name: tensor.clone() for name, tensor in client.stage.state_dict().items()}
+        result = client.step(X, Y)
+        told = [crossing.message for crossing in transport.transcript if crossing.direction == "to server"][-1]
+        same = all(torch.equal(tensor, before[name]) for name, tensor in client.stage.state_dict().items())
+        assert result.mislabeled == plan.mislabels(step) == same
+        expected = plan.wrong_labels(step, Y) if result.mislabeled else Y
+        assert torch.equal(told.tensors["labels"], expected)
+        assert set(told.tensors) == {"activations", "labels"}, "nothing tells the batch apart"
+    assert client.steps == 20
+
+
+class _Hijacker:
+    """Pulls every activation to zero, whatever its label, and says that all is well."""
+
+    def __init__(self, loss: float, right: int) -> None:
+        self._claims = {"loss": torch.tensor(loss), "right": torch.tensor(right)}
+
+    def reply(self, message: Message) -> Message:
+        gradient = message.tensors["activations"].clone()
+        return Message("gradients", "server", message.step, {"gradient": gradient, **self._claims})
+
+
+def _steps(client: Client, count: int) -> None:
+    for _ in range(count):
+        client.step(X, Y)
+
+
+def test_a_hijacker_is_refused_whatever_it_claims() -> None:
+    said = []
+    for claims in ((0.0, 6), (2.5, 0)):
+        client, transport = _guarded(_Hijacker(*claims))
+        with pytest.raises(HijackError, match="hardly depend on the labels") as caught:
+            _steps(client, 16)
+        assert transport.traffic.messages == 2 * (client.steps + 1), "the last message is the one that told"
+        said.append(str(caught.value))
+    assert said[0] == said[1], "gradients alone count"

@@ -20,7 +20,8 @@ def _train(progress: TrainingProgress) -> None:
 def test_a_log_has_a_line_per_epoch_and_piece(capsys: pytest.CaptureFixture[str]) -> None:
     _train(TrainingProgress(2))
     with AuditProgress() as audit:
-        audit(1, 3, "fresh: [ridge]")
+        audit.piece(1, 3, "fresh: [ridge]")
+        audit.step(5, 10)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
@@ -38,3 +39,17 @@ def test_a_terminal_shows_loss_accuracy_and_distance_correlation(
     shown = capsys.readouterr().err
     assert "3/4" in shown
     assert "loss 0.750, accuracy 0.625, penalty 0.375, distance correlation 0.250" in shown
+
+
+def test_a_terminal_shows_a_bar_for_the_suite_and_one_for_the_attack(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with AuditProgress() as audit:
+        audit.piece(1, 3, "fresh: ridge")
+        audit.step(5, 10)
+    shown = capsys.readouterr().err
+    assert "1/3" in shown
+    assert "fresh: ridge" in shown
+    assert "5/10" in shown

@@ -121,12 +121,23 @@ def _recipe(**changes: object) -> Recipe:
 
 
 def test_the_digest_covers_what_is_agreed_and_nothing_local() -> None:
-    same = [_recipe(data={"path": "/elsewhere/b.npz"}), _recipe(versions={"torch": "0"})]
+    same = [_recipe(data={"path": "/elsewhere/b.npz"}), _recipe(versions={"torch": "0"}), _recipe(guard={"hijack": {}})]
     assert {recipe.digest() for recipe in same} == {_recipe().digest()}
     other = _recipe(seed=1)
     assert other.digest() != _recipe().digest()
     assert first_difference(_recipe(), other) == "seed is 0 here and 1 there"
     assert first_difference(_recipe(), same[0]) is None
+
+
+def test_sensitive_columns_are_agreed_on_and_a_recipe_without_keeps_its_digest() -> None:
+    named = _recipe(data={"path": "/a.npz", "sensitive": ["sex", "race"]})
+    assert named.data.sensitive == ("sex", "race")
+    assert _recipe(data={"path": "/a.npz", "sensitive": []}).digest() == _recipe().digest()
+    # what this recipe hashed to before there was the key: references and stopped runs of then stay valid
+    assert _recipe().digest() == "155ef22e210f1a8182aea9cfea13ebda13b773a8ae4dcc31037353ee123c1bfa"
+    assert first_difference(named, _recipe()) == "data.sensitive is ['sex', 'race'] here and None there"
+    with pytest.raises(RecipeError, match="data: sensitive names a column twice: sex, sex"):
+        _recipe(data={"path": "/a.npz", "sensitive": ["sex", "sex"]})
 
 
 def test_every_field_is_described_and_the_page_is_current() -> None:

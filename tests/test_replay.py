@@ -16,12 +16,14 @@ from milkglass.attacks.ridge import Ridge
 from milkglass.cli import main
 from milkglass.cuts import cut
 from milkglass.errors import RunError
+from milkglass.messages import Message
 from milkglass.networks import build
-from milkglass.randomness import Source, public_source
+from milkglass.parties import Server
+from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
-from milkglass.replay import find_reference, load_parties, replay
+from milkglass.replay import drive, find_reference, load_parties, release_all, replay
 from milkglass.runs import RunFolder
-from milkglass.training.split import deal_records, train
+from milkglass.training.split import batches_of, deal_records, set_up, train
 from tests.helpers import KEY, small_recipe
 
 
@@ -130,10 +132,10 @@ def test_exit_codes_of_the_audit(
     code: int,
     verdict: str,
 ) -> None:
-    monkeypatch.setattr("milkglass.attacks.suite.default_attacks", lambda _seed=0: attacks)
+    monkeypatch.setattr("milkglass.audit_files.attacks_of", lambda _strength, _seed: attacks)
     run = _trained(tmp_path / "run", small_recipe(training={"epochs": 8, "batch_size": 32, "learning_rate": 1e-2}))
     with pytest.raises(SystemExit) as stop:
-        main(["audit", str(run.path), *budget])
+        main(["audit", str(run.path), "--quick", *budget])
     assert (stop.value.code or 0) == code
     written = json.loads((run.path / "audit.json").read_text())
     assert written["verdict"] == verdict
@@ -149,7 +151,7 @@ def test_exit_codes_of_the_audit(
 def test_attacks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _trained(tmp_path / "run", small_recipe())
     with pytest.raises(SystemExit):
-        main(["audit", str(run.path), "--attacks", "kernel ridge", "--out", str(tmp_path / "elsewhere")])
+        main(["audit", str(run.path), "--attacks", "kernel ridge", "--quick", "--out", str(tmp_path / "elsewhere")])
     assert not (run.path / "audit.json").exists()
     written = json.loads((tmp_path / "elsewhere" / "audit.json").read_text())
     assert {row["name"] for row in written["attacks"]} == {"mean record", "ridge", "kernel ridge", "stack"}
@@ -158,3 +160,75 @@ def test_attacks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         main(["audit", str(run.path), "--attacks", "rigde"])
     assert stop.value.code == 2
     assert "did you mean 'ridge'?" in capsys.readouterr().err
+
+
+def test_an_honest_training_driven_for_an_attacker_is_the_run_itself(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe(defense={"nopeek": {"weight": 0.5}}))
+    trial = replay(run, find_reference(run)).trials[0]
+    knows = trial.view.knowledge
+    assert knows.train is not None
+    assert knows.honest_server is not None
+    driven = knows.train(knows.honest_server(), 2 * (96 // 32))
+    assert (driven.steps, driven.stopped) == (6, None)
+    assert torch.equal(driven.target, trial.view.target.activations)
+    assert torch.equal(driven.validation, trial.view.validation.activations)
+    less = knows.train(knows.honest_server(), 2)
+    assert less.steps == 2
+    assert not torch.equal(less.target, trial.view.target.activations)
+    assert knows.client is not None
+    x = trial.truth[:3].clone().requires_grad_()
+    sent = knows.client(x)
+    torch.testing.assert_close(sent.detach(), trial.view.target.activations[:3])
+    assert torch.autograd.grad(sent.sum(), x)[0].abs().sum() > 0
+
+
+def test_a_hostile_server_gets_what_the_client_sends_and_nothing_else() -> None:
+    class Hostile:
+        def __init__(self) -> None:
+            self.seen: list[Message] = []
+
+        def reply(self, message: Message) -> Message:
+            self.seen.append(message)
+            zero = torch.zeros(())
+            answer = {"gradient": torch.zeros_like(message.tensors["activations"]), "loss": zero, "right": zero}
+            return Message("gradients", "server", message.step, answer)
+
+    recipe, hostile = small_recipe(), Hostile()
+    driven = drive(recipe, deal_records(recipe), rehearsal_source(0, "client"), hostile, 4)
+    assert driven.steps == len(hostile.seen) == 4
+    assert {message.kind for message in hostile.seen} == {"activations"}
+    assert {name for message in hostile.seen for name in message.tensors} == {"activations", "labels"}
+    untrained = set_up(recipe).client  # zero gradients teach nothing
+    assert torch.equal(driven.target, release_all(untrained, deal_records(recipe).test.x))
+
+
+def test_trained_on_records_are_what_the_server_saw_in_training(tmp_path: Path) -> None:
+    recipe = small_recipe(training={"epochs": 3, "batch_size": 32, "learning_rate": 1e-2})
+    run = _trained(tmp_path / "run", recipe)
+    replayed = replay(run, run, trained_on=True)
+    trial = replayed.trials[-1]
+    assert trial.view.exposure == "trained-on"
+    assert any("40 private records as they crossed in 3 of 3 epochs" in note for note in replayed.notes)
+    setup = set_up(recipe)
+    part = setup.records.train["client"]
+    assert torch.equal(trial.truth, part.x[:40])
+    seen = torch.zeros(3, len(part), 16)
+    for epoch in (1, 2, 3):
+        for rows in batches_of(setup, epoch):
+            seen[epoch - 1, rows] = setup.client._forward(part.x[rows], training=True).detach()
+            setup.client.step(part.x[rows], part.y[rows])
+    assert torch.equal(trial.view.target.activations, torch.cat(list(seen[:, :40]), dim=1))
+    assert torch.equal(trial.view.known.activations[:, 32:], release_all(setup.client, setup.records.auxiliary.x))
+
+
+def test_members_are_training_records_and_others_test_records(tmp_path: Path) -> None:
+    run = _trained(tmp_path / "run", small_recipe())
+    trial = replay(run, run).membership
+    assert trial is not None
+    setup = load_parties(run)
+    part, test = setup.records.train["client"], setup.records.test
+    assert trial.member.sum() == (~trial.member).sum() == 40
+    assert torch.equal(trial.view.candidates.activations[trial.member], release_all(setup.client, part.x[:40]))
+    assert torch.equal(trial.view.candidates.activations[~trial.member], release_all(setup.client, test.x))
+    assert isinstance(setup.server, Server)
+    assert len(trial.view.outsiders) == len(setup.records.auxiliary) + len(setup.records.validation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from milkglass.errors import RunError
-from milkglass.report import number, read_results, render, strip_png, strips, table, ticks, write_report
+from milkglass.report import attack_strip, read_results, render, strip_png, strips, table, write_report
 from tests.browser import chromium
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
 SHOWN = 8
+PICTURES = "pictures.safetensors"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> [red]"
 
 
@@ -134,6 +136,78 @@ def made_up_audit(peek: float, verdict: str) -> dict[str, Any]:
     }
 
 
+def detail(run: Path, **changes: Any) -> Path:
+    """Give a made-up run an audit with everything that may be in it; `changes` replace whole keys."""
+    path = run / "audit.json"
+    audit = json.loads(path.read_text())
+    for row in audit["attacks"]:
+        row |= {"records": 300, "peek_low": row["peek"] - 0.02, "peek_high": row["peek"] + 0.02}
+    attacks = [*audit["attacks"], attack("fsha", 0.4, adversary="malicious", knows=["records", "training"])]
+    attacks += [{**row, "exposure": "repeated", "peek": row["peek"] - 0.1} for row in audit["attacks"]]
+
+    def guess(measure: str, name: str, value: float, **details: float) -> dict[str, Any]:
+        who = {"name": name, "adversary": "honest-but-curious", "knows": ["pairs"], "exposure": "fresh"}
+        return who | interval(value, 0.02) | {"measure": measure, "n": 300, "seconds": 0.4, "details": details}
+
+    audit |= {
+        "attacks": attacks,
+        "exposures": {"fresh": audit["peek"], "repeated": interval(audit["peek"]["value"] - 0.1)},
+        "measures": {
+            "peek": audit["peek"],
+            "match": interval(0.9),
+            "attribute.sex": interval(0.12),
+            "membership.auc": interval(0.51, 0.02),
+            "tpr@1%": interval(0.06),
+        },
+        "budget": {"peek": 0.99, "attribute.sex": 0.05},
+        "strength": "thorough",
+        "inferences": [
+            guess("attribute.sex", "linear probe", 0.12, prior=0.5),
+            guess("attribute.sex", "linear probe, answer alone", 0.03),
+            guess("membership.auc", "loss threshold", 0.51),
+            guess(
+                "tpr@1%",
+                "loss threshold",
+                0.06,
+                false_positive_rate=0.013,
+                false_positive_rate_low=0.002,
+                false_positive_rate_high=0.034,
+            ),
+        ],
+        "curves": [
+            {
+                "attack": name,
+                "exposure": "fresh",
+                "pairs": [50, 200, 400],
+                "mse": mse,
+                "peek": [1 - m / 0.04 for m in mse],
+            }
+            for name, mse in (("ridge", [0.05, 0.03, 0.02]), ("stack", [0.04, 0.02, 0.01]))
+        ],
+        "skipped": [{"attack": "lira", "why": "needs 99 outsiders; the view has 12"}],
+    }
+    path.write_text(json.dumps(audit | changes))
+    return run
+
+
+def interval(value: float, half: float = 0.01) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def attack(name: str, peek: float, half: float = 0.02, **changes: Any) -> dict[str, Any]:
+    """A row of `attacks` with everything that may be in it."""
+    row: dict[str, Any] = made_up_audit(0.5, "over budget")["attacks"][0]
+    return (
+        row | {"name": name, "peek": peek, "peek_low": peek - half, "peek_high": peek + half, "records": 64} | changes
+    )
+
+
+def words(page: str) -> str:
+    """What a reader sees of a page, on one line."""
+    body = re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", page)
+    return re.sub(r" +([.,:;])", r"\1", " ".join(html.unescape(body).split()))
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """Two runs in one folder, as the demo leaves them."""
@@ -180,11 +254,92 @@ def test_a_damaged_file_is_one_clear_line(demo: Path, file: str, content: bytes 
     assert str(path.parent) in str(caught.value)
 
 
-def test_pictures_of_unequal_shapes_are_refused(demo: Path) -> None:
-    records, means = digits()
-    safetensors.numpy.save_file({"records": records, "stack": means[1:]}, demo / "nopeek" / "pictures.safetensors")
+@pytest.mark.parametrize("rows", [(SHOWN, 1, 7, 8), (SHOWN + 1, 1, 8, 8), (SHOWN, 64)])
+def test_pictures_of_other_shapes_are_refused(demo: Path, rows: tuple[int, ...]) -> None:
+    records, _ = digits()
+    pictures = {"records": records, "stack": np.zeros(rows, np.float32)}
+    safetensors.numpy.save_file(pictures, demo / "nopeek" / "pictures.safetensors")
     with pytest.raises(RunError, match="tensors of its shape"):
         read_results(demo)
+
+
+def make_recorded(folder: Path, *, entitled: bool = False, **changes: Any) -> Path:
+    """What an audit of arrays that were recorded elsewhere leaves: audit.json and the pictures alone."""
+    run = make_run(folder)
+    for name in ("summary.json", "metrics.jsonl", "recipe.toml"):
+        (run / name).unlink()
+    records, means = digits()
+    if not entitled:
+        means = np.broadcast_to(means.mean(0), means.shape).copy()
+    safetensors.numpy.save_file({"records": records, "entitled": means, "stack": 0.9 * records}, run / PICTURES)
+    audit = json.loads((run / "audit.json").read_text())
+    audit.pop("reference_accuracy")
+    sources = {"activations": "elsewhere/A<b>.npy", "records": "elsewhere/X.npy"}
+    (run / "audit.json").write_text(json.dumps(audit | sources | changes))
+    return run
+
+
+def test_recorded_arrays_get_a_report_without_what_needs_a_run(tmp_path: Path) -> None:
+    run = make_recorded(tmp_path / "scan", inferences=[], notes=[])
+    (results,) = read_results(run)
+    assert (results.summary, results.recipe, results.epochs, results.defense) == (None, "", (), None)
+    page = write_report(run).read_text()
+    shown = words(page)
+    assert "Activations: elsewhere/A<b>.npy; records: elsewhere/X.npy." in shown
+    assert "<b>.npy" not in page
+    assert "removed 86 % of the error that the mean record leaves" in shown
+    assert "nearest to the right one of the records held back from it" in shown
+    assert "scan: it is entitled to nothing that tells these records apart." in shown
+    # Neither an answer nor a training is known, so the page names none.
+    untold = ("the answer", "Accuracy", "accuracy", "Bytes", "Seconds per", "Recipe", "recipe", "By epoch", "the wire")
+    assert [word for word in untold if word in page.partition("</style>")[2]] == []
+    assert [(row.label, row.detail) for row in attack_strip(results)] == [
+        ("records", "held back"),
+        ("stack", "fresh records"),
+        ("entitled baseline", "the mean record"),
+    ]
+
+
+def test_entitled_values_that_came_with_the_arrays_are_the_baseline(tmp_path: Path) -> None:
+    run = make_recorded(tmp_path / "scan", entitled=True)
+    page = words(render(read_results(run)))
+    assert "of the error that the entitled baseline leaves" in page
+    assert "scan: it is entitled to the values that were given as such" in page
+    (run / PICTURES).unlink()  # nothing tells any more whether there were entitled values
+    page = words(render(read_results(run)))
+    assert "the entitled baseline leaves" in page
+    assert "or to the mean record where none were" in page
+
+
+def test_recorded_arrays_stand_beside_runs(demo: Path) -> None:
+    detail(make_recorded(demo / "a-scan", entitled=True))
+    results = read_results(demo)
+    assert [run.name for run in results] == ["undefended", "a-scan", "nopeek"]
+    lines = printed(table(results), 200).splitlines()
+    assert re.search(r"^a-scan +not known +– +– +0\.86 \[0\.84, 0\.87\] +– +– +–", lines[3])
+    (strip,) = strips(results)
+    assert [row.label for row in strip] == ["test records", "undefended", "a-scan", "nopeek", "entitled baseline"]
+    page = render(results)
+    shown = words(page)
+    assert "a-scan not known – – 0.86 (0.84 to 0.87) – – –" in shown
+    assert "Recipe of nopeek" in shown
+    assert "Recipe of a-scan" not in shown
+    assert page.count('aria-label="Messages of ') == 2
+    assert "It is entitled to the answer. In vanilla training: what an undefended network of the same recipe" in shown
+    assert "(its accuracy: 96.3 %)" in shown
+
+
+def test_an_audit_that_was_written_elsewhere_is_shown_alone(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "audits").mkdir()
+    for name in ("audit.json", PICTURES):
+        (demo / "nopeek" / name).rename(tmp_path / "audits" / name)
+    damage(tmp_path / "audits" / "audit.json", '"certificate": null', '"defense": "noise", "accuracy": 0.9')
+    (results,) = read_results(tmp_path / "audits")
+    assert results.defense == "noise"
+    page = words(render([results]))
+    assert "audits noise over budget" in page.replace(" ! ", " ")
+    assert "Only the audit is here" in page
+    assert "a guess from the answer alone leaves" in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -196,6 +351,9 @@ def test_hostile_words_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>run", defense=HOSTILE)
     for name in ("audit.json", "summary.json"):
         damage(run / name, '"stack"' if name == "audit.json" else '"activations"', json.dumps(HOSTILE))
+    skipped = [{"attack": HOSTILE, "why": HOSTILE}]
+    attacks = [attack(HOSTILE, 0.5, adversary=HOSTILE, knows=[HOSTILE], exposure=HOSTILE)]
+    detail(run, skipped=skipped, attacks=attacks, budget={HOSTILE: 0.1}, measures={HOSTILE: interval(0.5)})
     page = write_report(run).read_text()
     assert "<script" not in page
     assert "<img src=x" not in page
@@ -240,6 +398,22 @@ def test_runs_on_other_records_get_their_own_strip(demo: Path) -> None:
     assert [[row.label for row in strip][1] for strip in strips(read_results(demo))] == ["undefended", "nopeek"]
 
 
+def test_a_run_has_a_row_for_each_attack_best_first(tmp_path: Path) -> None:
+    run = detail(make_run(tmp_path / "run"))
+    path = run / "pictures.safetensors"
+    pictures = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(pictures | {"fsha": pictures["records"][:3], "none": pictures["records"][:0]}, path)
+    rows = attack_strip(read_results(run)[0])
+    names = ["stack", "kernel ridge", "ridge", "decoder", "fsha"]
+    assert [row.label for row in rows] == ["test records", *names, "entitled baseline"]
+    assert [row.peek for row in rows] == ["1", "0.86", "0.77", "0.68", "0.60", "0.40", "0"]
+    assert [len(row.records) for row in rows] == [8, 8, 8, 8, 8, 3, 8]  # fsha rebuilt the first three only
+    assert {row.detail for row in rows[1:-1]} == {"fresh records"}  # the worst exposure, as the pictures are
+    page = render(read_results(run))
+    shown = [html.unescape(alt) for alt in re.findall(r'alt="Record 1: ([^,"]*),', page)]
+    assert shown == [row.label for row in rows]
+
+
 def test_the_strip_as_png_shows_the_records_and_repeats(demo: Path) -> None:
     results = read_results(demo)
     png = strip_png(results)
@@ -270,6 +444,117 @@ def test_flat_records_are_shown_as_numbers(tmp_path: Path) -> None:
     page = render(read_results(run))
     assert page.count("<td>−1.25</td>") == 3 * 8
     assert "<img" not in page
+
+
+def told(tmp_path: Path, **changes: Any) -> tuple[str, str, str]:
+    """What the page says in words that an attacker could do, could not do, and what was not tried."""
+    page = words(render(read_results(detail(make_run(tmp_path / "run"), **changes))))
+    section = page[page.index("What an attacker could do") : page.index("What an attacker sees")]
+    could, _, rest = section.partition("What these attacks could not do")
+    if not rest:
+        could, _, rest = could.partition("What was not tried")
+        return could, "", rest
+    could_not, _, not_tried = rest.partition("What was not tried")
+    return could, could_not, not_tried
+
+
+def test_plain_words_say_what_an_attacker_could_do(tmp_path: Path) -> None:
+    attacks = [
+        attack("stack", 0.854, knows=["records", "pairs"], match_top1=0.934),
+        attack("ridge", 0.7, knows=["pairs"]),
+        attack("fsha", 0.4, adversary="malicious", knows=["records", "training"], match_top1=0.002),
+    ]
+    could, could_not, not_tried = told(tmp_path, attacks=attacks)
+    assert (
+        "An honest-but-curious server that knows 400 pairs of a record and what the client sends for it rebuilt more "
+        "than the answer alone tells. It removed 85 % of the error that a guess from the answer alone leaves, and in "
+        "93 of 100 cases what it rebuilt is nearest to the right one of 300 test records. stack, fresh records: "
+        "peek 0.85, interval 0.83 to 0.87"
+    ) in could
+    assert (
+        "A malicious server that knows 400 records of the same kind and every message of a training: 40 % of that "
+        "error, and the right record in fewer than 1 of 100 cases."
+    ) in could
+    assert "ridge" not in could  # the same attacker has a better attack
+    assert "An attacker could tell sex better than a blind guess, and better than from the answer alone." in could
+    assert "named 1.3 %) found 6.0 % of those that were trained on. Interval 5.0 % to 7.0 %" in could
+    assert "could not tell a record that was trained on from another one better than a coin toss" in could_not
+    assert "Right in 51 of 100 comparisons, interval 49 to 53" in could_not
+    assert "malicious server" not in not_tried
+    assert "The trained-on exposure: all that the server saw" in not_tried
+    assert "repeated" not in not_tried
+    assert "A server that holds the weights of the client's stage." in not_tried
+    assert "Skipped: lira. needs 99 outsiders; the view has 12" in not_tried
+
+
+def test_plain_words_say_what_these_attacks_could_not_do(tmp_path: Path) -> None:
+    attacks = [attack("stack", 0.01, knows=["client weights"]), attack("unsplit", -0.9, knows=["architecture"])]
+    measures = {"peek": interval(0.01), "attribute.sex": interval(0.0)}
+    could, could_not, not_tried = told(tmp_path, attacks=attacks, measures=measures, inferences=[])
+    assert "None of these attacks showed more than the answer alone tells. A better one may." in could
+    assert "knows the weights of the client's stage rebuilt nothing that this test could show beyond what" in could_not
+    assert "Did worse than a guess from the answer alone: unsplit (peek −0.90). So weak an attack says" in could_not
+    assert "An attacker could not tell sex better than a blind guess. Balanced accuracy over the blind" in could_not
+    assert "A malicious server" in not_tried
+    assert "holds the weights" not in not_tried
+    assert "Telling whose records were trained on." in not_tried
+    assert "Guessing a sensitive fact" in not_tried
+
+
+def test_more_false_alarms_than_were_set_make_luck_of_a_find(tmp_path: Path) -> None:
+    row = {
+        **interval(0.03),
+        "measure": "tpr@1%",
+        "name": "loss threshold",
+        "adversary": "honest-but-curious",
+        "exposure": "fresh",
+        "n": 100,
+        "seconds": 1,
+        "details": {"false_positive_rate": 0.025},
+    }
+    measures = {"peek": interval(0.5), "tpr@1%": interval(0.03)}
+    could, _, _ = told(tmp_path / "unknown", measures=measures, inferences=[])
+    assert "all other records wrongly found 3.0 % of those that were trained on. Interval 2.0 % to 4.0 %" in could
+    could, could_not, _ = told(tmp_path, measures=measures, inferences=[row])
+    assert "trained on" not in could
+    assert "here it named 2.5 %) found 3.0 % of those that were trained on, no more than luck would." in could_not
+
+
+def test_an_attribute_that_the_answer_tells_is_not_blamed_on_the_activations(tmp_path: Path) -> None:
+    could, _, _ = told(tmp_path, measures={"peek": interval(0.5), "attribute.sex": interval(0.035)})
+    assert "better than a blind guess, but not clearly better than from the answer alone." in could
+
+
+@pytest.mark.parametrize("verdict", ["within budget", "inconclusive"])
+def test_no_page_calls_anything_safe(tmp_path: Path, verdict: str) -> None:
+    attacks = [attack("stack", 0.0)]
+    page = words(render(read_results(detail(make_run(tmp_path / "run", verdict=verdict), attacks=attacks))))
+    assert re.search(r"(?i)\b(safe|secure|protected)\b", page) is None
+    assert "Each attack is a lower bound" in page
+    assert ("what was not found says nothing" in page) == (verdict == "inconclusive")
+
+
+def test_every_measure_stands_beside_its_budget(tmp_path: Path) -> None:
+    page = words(render(read_results(detail(make_run(tmp_path / "run", verdict="over budget")))))
+    assert "The upper end of the interval of attribute.sex, 0.13, is above the budget of 0.05" in page
+    assert "interval of peek" not in page  # 0.87 is within 0.99
+    assert "attribute.sex 0.12 (0.11 to 0.13) ✗ over 0.05 Balanced accuracy of guessing sex" in page
+    assert "peek 0.86 (0.84 to 0.87) ✓ within 0.99" in page
+    assert "membership.auc 0.51 (0.49 to 0.53) How often" in page
+    assert "false positive rate 0.013 (0.002 to 0.034)" in page
+
+
+def test_the_exposures_and_the_curves_are_shown(tmp_path: Path) -> None:
+    page = render(read_results(detail(make_run(tmp_path / "run"))))
+    shown = words(page)
+    assert re.search(r"run 0\.86 \(0\.84 to 0\.87\) 0\.76 \(0\.75 to 0\.77\) not attacked", shown)
+    assert "Line chart of error, fresh records" in page
+    assert "number of pairs 50 to 400. ridge: first 0.050, last 0.020." in page
+    assert "answer alone: 0.040." in page
+    bars = re.findall(r'class="who">([^<]*) <span class="soft">([^<]*)</span>', page)
+    assert len(bars) == 9
+    assert bars[:3] == [("stack", "fresh"), ("kernel ridge", "fresh"), ("stack", "repeated")]
+    assert bars[-1] == ("fsha", "fresh")
 
 
 @pytest.mark.parametrize(
@@ -305,15 +590,20 @@ def test_one_epoch_is_a_chart(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     path = run / "metrics.jsonl"
     path.write_text(path.read_text().splitlines()[0])
-    assert "epochs 1 to 1" in render(read_results(run))
+    assert "epoch 1 to 1" in render(read_results(run))
 
 
 def test_large_pictures_keep_the_page_under_three_megabytes(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).random((10, 3, 224, 224), dtype=np.float32)
-    for index in range(12):
+    noise = np.random.default_rng(0).random((10, 3, 64, 64), dtype=np.float32)
+    names = [f"attack {index}" for index in range(16)]
+    for index in range(6):
         run = make_run(tmp_path / "sweep" / f"run-{index}", defense=f"noise {index}")
-        safetensors.numpy.save_file({"records": noise, "stack": 1 - noise}, run / "pictures.safetensors")
-    assert write_report(tmp_path / "sweep").stat().st_size < 3_000_000
+        detail(run, attacks=[attack(name, 0.3) for name in names], best_attack=names[0])
+        pictures: dict[str, Any] = {"records": noise, "entitled": noise / 2, **dict.fromkeys(names, 1 - noise)}
+        safetensors.numpy.save_file(pictures, run / "pictures.safetensors")
+    page = write_report(tmp_path / "sweep")
+    assert page.stat().st_size < 3_000_000
+    assert page.read_text().count("<img") > 6 * 18 * 9
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,23 +619,6 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(demo: Path, monkeypa
     assert sorted(path.name for path in demo.iterdir()) == ["nopeek", "report.html", "undefended"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.83, 0.97), (-0.01, 0.4), (0, 1234), (3e-5, 4e-5), (0, 0), (5, 5), (-2, -1), (1, 20)]
-)
-def test_ticks_are_even_and_reach_both_ends(low: float, high: float) -> None:
-    marks = ticks(low, high)
-    steps = np.diff(marks)
-    assert 2 <= len(marks) <= 8
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
-    assert marks[0] <= low + 1e-9
-    assert marks[-1] >= high - 1e-9
-
-
-def test_numbers_in_words() -> None:
-    values = (0.5, -0.004, -0.02, 12345.6, math.inf, -math.inf, math.nan)
-    assert [number(v) for v in values] == ["0.50", "0.00", "−0.02", "12,346", "∞", "−∞", "not a number"]
-
-
 PIXELS = """() => Promise.all([...document.images].map(async image => {
   await image.decode();
   const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext("2d");
@@ -356,6 +629,11 @@ PIXELS = """() => Promise.all([...document.images].map(async image => {
 UNTOLD = (
     """() => [...document.querySelectorAll("img, svg")].filter(e => !(e.alt || e.getAttribute("aria-label"))).length"""
 )
+BARS = """() => [...document.querySelectorAll(".ranks li")].map(row => {
+  const [plot, fill] = [".plot", ".fill"].map(name => row.querySelector(name).getBoundingClientRect());
+  const value = Number(row.querySelector(".figure b").textContent);
+  return [value, (fill.right - plot.left) / plot.width, (fill.left - plot.left) / plot.width];
+})"""
 INJECT = """() => document.body.append(Object.assign(document.createElement("script"), {text: "window.owned = 1"}))"""
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
@@ -368,6 +646,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.mark.browser
 def test_the_page_in_a_real_browser(demo: Path, browser: Browser) -> None:
+    for run in demo.iterdir():
+        detail(run)
     path = write_report(demo)
     assert path.stat().st_size < 3_000_000
     requests: list[str] = []
@@ -381,16 +661,31 @@ def test_the_page_in_a_real_browser(demo: Path, browser: Browser) -> None:
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / "report.png", full_page=True)
     assert page.evaluate(UNTOLD) == 0
-    assert page.locator("svg[role=img]").count() == 2 + 3  # a gauge a run, and three charts
+    assert page.locator("svg[role=img]").count() == 2 + 3 + 2  # a gauge a run, three charts, curves a run
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for width in (390, 800, 1280):
             page.set_viewport_size({"width": width, "height": 844})
             assert page.evaluate(OVERFLOW) <= 0, (scheme, width)
-    assert len(pictures) == 4 * SHOWN
+            for value, end, zero in page.evaluate(BARS):
+                assert abs(value - (end - zero)) < 0.012, (scheme, width)
+    assert len(page.evaluate(BARS)) == 2 * 9
+    assert len(pictures) == (4 + 2 * 6) * SHOWN
     assert all(width == 8 and colors > 2 and alt for width, colors, alt in pictures)
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
     assert console == []
+
+
+@pytest.mark.browser
+def test_recorded_arrays_in_a_real_browser(tmp_path: Path, browser: Browser) -> None:
+    long = "recorded/" + 12 * "with-a-long-name-" + "activations.npy"
+    path = write_report(make_recorded(tmp_path / "scan", activations=long))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate(OVERFLOW) <= 0, width
+    assert "0, the mean record" in (page.locator("svg.gauge").text_content() or "")
 
 
 @pytest.mark.browser

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from typing import ClassVar, Final, final
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
-from milkglass.attacks.features import Features, as_records
+from milkglass.attacks.features import as_records
 from milkglass.attacks.ridge import RidgeFit, best_ridge
 from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
@@ -30,8 +31,11 @@ from milkglass.transcript import View
 
 BATCH: Final = 64
 LEARNING_RATE: Final = 3e-3
+WIDTH: Final = 32
 CHECKS: Final = 20
 """How often, over all steps, the validation error is looked at; the best network seen is kept."""
+CHECKED: Final = 400
+"""On so many validation pairs; whether the best one is better than none at all is then asked of all pairs."""
 PATIENCE: Final = 6
 """Training ends when this many checks in a row were no better than the best."""
 SIDE_TO_FOLD: Final = 16
@@ -49,10 +53,12 @@ class Decoder(Attack):
     paper: ClassVar[str] = "He, Zhang and Lee, ACSAC 2019"
     learned: ClassVar[bool] = True
 
-    def __init__(self, steps: int = 500, width: int = 32, seed: int = 0) -> None:
+    def __init__(self, steps: int = 500, width: int = WIDTH, seed: int = 0) -> None:
         if steps < 1 or width < 1:
             raise AuditError(f"decoder: steps = {steps}, width = {width}; expected at least 1 of each")
         self._steps, self._width, self._seed = steps, width, seed
+        if width != WIDTH:  # a suite may hold several, under different names; vars: the class's own name is not touched
+            vars(self)["name"] = f"{Decoder.name}, width {width}"
 
     def __repr__(self) -> str:
         return f"Decoder(steps={self._steps}, width={self._width}, seed={self._seed})"
@@ -60,44 +66,58 @@ class Decoder(Attack):
     def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
         """Train on the known pairs, stop by the validation pairs, rebuild the target."""
         start = time.perf_counter()
-        inputs, fit = best_ridge(view)
+        fit = best_ridge(view)
         source = public_source(self._seed).derive("decoder")
-        known, validation, target = _rows(view, inputs, fit)
+        records = view.known.records.float()
+        known, validation, target = decoder_rows(view, fit)
+
+        def draw(generator: torch.Generator) -> Batch:
+            rows_B = torch.randint(len(records), (BATCH,), generator=generator)
+            return known[0][rows_B], known[1][rows_B], records[rows_B]
+
         with drawing_from(source.generator("weights")):
-            network = _network(view, side=known[1].shape[1], width=self._width)
-        best = _train(network, view, known, validation, self._steps, source.generator("batches"), tick)
+            network = correction(view, side=known[1].shape[1], width=self._width)
+        best = train_correction(network, view, draw, validation, self._steps, source.generator("batches"), tick)
         return Reconstruction(
-            validation=_rebuild(best, *validation, view),
-            target=_rebuild(best, *target, view),
+            validation=rebuild(best, *validation, view),
+            target=rebuild(best, *target, view),
             seconds=time.perf_counter() - start,
         )
 
 
 Rows = tuple[Tensor, Tensor]
 """Ridge images (N, ...) in the records' shape, and what the correction sees beside them: (N, C, H, W) or (N, F)."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""The same of a batch, and the records (B, ...) to be rebuilt."""
 
 
-def _rows(view: View, inputs: Features, fit: RidgeFit) -> list[Rows]:
-    shape = view.known.records.shape[1:]
-    seen = view.known.activations.shape[1:]
-    rows = []
-    for image_NP, row_NF in (
-        (fit.left_out_NP, inputs.known_NF),
-        (fit.validation_NP, inputs.validation_NF),
-        (fit.target_TP, inputs.target_TF),
-    ):
-        side = row_NF.float()
-        if len(shape) == 3:
-            width = seen.numel() if len(seen) == 3 else 0
-            maps = seen if len(seen) == 3 else torch.Size((0, *shape[1:]))
-            side = (side[:, :width] * math.sqrt(max(width, 1))).reshape(len(side), *maps)
-        else:
-            side = side * math.sqrt(side.shape[1])  # from unit norm to about unit spread
-        rows.append((image_NP.float().reshape(len(image_NP), *shape), side))
-    return rows
+def decoder_rows(view: View, fit: RidgeFit) -> list[Rows]:
+    """Those of the known, the validation and the target records."""
+    shape, inputs = view.known.records.shape[1:], fit.inputs
+    images = (fit.left_out_NP, fit.validation_NP, fit.target_TP)
+    features = (inputs.known_NF, inputs.validation_NF, inputs.target_TF)
+    return [
+        (image_NP.float().reshape(len(image_NP), *shape), beside(view, row_NF))
+        for image_NP, row_NF in zip(images, features, strict=True)
+    ]
 
 
-def _network(view: View, side: int, width: int) -> nn.Module:
+def beside(view: View, features_NF: Tensor) -> Tensor:
+    """What the correction sees beside the ridge image: for pictures the activations, where these are maps, else none.
+
+    For flat records all features. In about unit spread.
+    """
+    shape, seen = view.known.records.shape[1:], view.known.activations.shape[1:]
+    side = features_NF.float()
+    if len(shape) == 3:
+        width = seen.numel() if len(seen) == 3 else 0
+        maps = seen if len(seen) == 3 else torch.Size((0, *shape[1:]))
+        return (side[:, :width] * math.sqrt(max(width, 1))).reshape(len(side), *maps)
+    return side * math.sqrt(side.shape[1])
+
+
+def correction(view: View, side: int, width: int) -> nn.Module:
+    """An untrained network that corrects nothing yet; `side`: channels or features beside the ridge image."""
     shape = view.known.records.shape[1:]
     if len(shape) == 3:
         fold = 2 if min(shape[1:]) >= SIDE_TO_FOLD and shape[1] % 2 == 0 and shape[2] % 2 == 0 else 1
@@ -105,31 +125,27 @@ def _network(view: View, side: int, width: int) -> nn.Module:
     return _FlatCorrection(side, 8 * width, shape)
 
 
-def _train(
+def train_correction(
     network: nn.Module,
     view: View,
-    known: Rows,
+    draw: Callable[[torch.Generator], Batch],
     validation: Rows,
     steps: int,
     generator: torch.Generator,
     tick: Tick,
 ) -> nn.Module:
-    """Adam with a warm-up and a cosine decay; returns the network of the best check, the untrained one included."""
-    records = view.known.records.float()
+    """Adam with a warm-up and a cosine decay; returns the network of the best check, the first one included."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     every = max(1, steps // CHECKS)
-
-    def error() -> float:
-        return squared_errors(_rebuild(network, *validation, view), view.validation.records).mean().item()
-
-    best, best_error, worse = copy.deepcopy(network), error(), 0
+    first = copy.deepcopy(network)
+    best, best_error, worse = first, correction_error(network, view, validation, CHECKED), 0
     for step in range(1, steps + 1):
-        rows_B = torch.randint(len(records), (BATCH,), generator=generator)
-        loss = F.mse_loss(network(known[0][rows_B], known[1][rows_B]), records[rows_B])
+        image, side, records = draw(generator)
+        loss = F.mse_loss(network(image, side), records)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -137,18 +153,25 @@ def _train(
         if step % every and step != steps:
             continue
         tick(step, steps)
-        here = error()
+        here = correction_error(network, view, validation, CHECKED)
         if here < best_error:
             best, best_error, worse = copy.deepcopy(network), here, 0
         else:
             worse += 1
             if worse == PATIENCE:
                 break
-    return best
+    return min((first, best), key=lambda each: correction_error(each, view, validation))
+
+
+def correction_error(network: nn.Module, view: View, validation: Rows, count: int | None = None) -> float:
+    """Mean squared error on the first `count` validation records."""
+    made = rebuild(network, validation[0][:count], validation[1][:count], view)
+    return squared_errors(made, view.validation.records[:count]).mean().item()
 
 
 @torch.no_grad()
-def _rebuild(network: nn.Module, image_N: Tensor, side_N: Tensor, view: View) -> Tensor:
+def rebuild(network: nn.Module, image_N: Tensor, side_N: Tensor, view: View) -> Tensor:
+    """Records (N, ...) from their ridge images and what is seen beside them."""
     batches = zip(torch.split(image_N, 8 * BATCH), torch.split(side_N, 8 * BATCH), strict=True)
     return as_records(torch.cat([network(image, side) for image, side in batches]).flatten(1), view)
 

@@ -30,12 +30,36 @@ SMALLEST_PROBABILITY: Final = 1e-12
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How activations and entitled values become features, as fitted to the known pairs; each tensor is (F,), float64.
+
+    low_F, high_F: what a coordinate is held within. scale_F: what it is divided by, infinite where it never moves.
+    with_logarithms: whether the entitled values come with theirs.
+    """
+
+    low_F: Tensor
+    high_F: Tensor
+    mean_F: Tensor
+    scale_F: Tensor
+    with_logarithms: bool
+
+    def rows(self, activations: Tensor, entitled: Tensor) -> Tensor:
+        """Features (N, F) of further releases (N, ...) with their entitled values (N, E)."""
+        return self.scaled(_joined(activations, entitled, self.with_logarithms))
+
+    def scaled(self, joined_NF: Tensor) -> Tensor:
+        """In place."""
+        return joined_NF.clamp_(self.low_F, self.high_F).sub_(self.mean_F).div_(self.scale_F)
+
+
+@dataclass(frozen=True)
 class Features:
     """Centered and scaled features of the known (N, F), validation (N, F) and target (T, F) rows, in float64."""
 
     known_NF: Tensor
     validation_NF: Tensor
     target_TF: Tensor
+    scaling: Scaling
 
 
 def features(view: View, by_coordinate: bool = False) -> Features:
@@ -43,17 +67,14 @@ def features(view: View, by_coordinate: bool = False) -> Features:
 
     Each block has the same mean squared norm, 1, over the known rows. Raises AuditError for values that are not finite.
     """
-    rows = (view.known, view.validation, view.target)
-    entitled = [flat(part.entitled) for part in rows]
-    blocks = [[flat(part.activations) for part in rows], entitled]
-    if entitled[0].numel() and all(bool(((part >= 0) & (part <= 1)).all()) for part in entitled):
-        blocks.append([part_NE.clamp_min(SMALLEST_PROBABILITY).log() for part_NE in entitled])
-    if not any(block[0].numel() for block in blocks):  # a party that saw nothing: one coordinate that never moves
-        blocks = [[torch.zeros(len(part), 1, dtype=torch.float64) for part in rows]]
-    if not all(bool(torch.isfinite(part).all()) for block in blocks for part in block):
-        raise AuditError("activations or entitled values: not all values are finite (NaN or infinity)")
-    scaled = [_scaled(block, by_coordinate) for block in blocks]
-    return Features(*(torch.cat(parts, dim=1) for parts in zip(*scaled, strict=True)))
+    parts = (view.known, view.validation, view.target)
+    entitled = [part.entitled for part in parts]
+    with_logarithms = entitled[0].numel() > 0 and all(bool(((each >= 0) & (each <= 1)).all()) for each in entitled)
+    known, validation, target = (_joined(part.activations, part.entitled, with_logarithms) for part in parts)
+    sent, told = flat(view.known.activations[:1]).shape[1], flat(entitled[0][:1]).shape[1]
+    widths = [sent, told, told if with_logarithms else 0]
+    scaling = _fit_scaling(known, widths if sum(widths) else [1], by_coordinate, with_logarithms)
+    return Features(scaling.scaled(known), scaling.scaled(validation), scaling.scaled(target), scaling)
 
 
 def answer_alone(view: View) -> View:
@@ -82,22 +103,36 @@ def as_records(values_TP: Tensor, view: View) -> Tensor:
     return held_TP.reshape(len(held_TP), *records.shape[1:])
 
 
-def _scaled(parts: list[Tensor], by_coordinate: bool) -> list[Tensor]:
-    known_NF = parts[0]
+def _joined(activations: Tensor, entitled: Tensor, with_logarithms: bool) -> Tensor:
+    """[activations | entitled | their logarithms], (N, F), a new tensor."""
+    blocks = [flat(activations), flat(entitled)]
+    if with_logarithms:
+        blocks.append(blocks[1].clamp_min(SMALLEST_PROBABILITY).log())
+    joined_NF = torch.cat(blocks, dim=1)
+    if not bool(torch.isfinite(joined_NF).all()):
+        raise AuditError("activations or entitled values: not all values are finite (NaN or infinity)")
+    if not joined_NF.shape[1]:  # a party that saw nothing: one coordinate that never moves
+        return joined_NF.new_zeros(len(joined_NF), 1)
+    return joined_NF
+
+
+def _fit_scaling(known_NF: Tensor, widths: list[int], by_coordinate: bool, with_logarithms: bool) -> Scaling:
     low_F, high_F, mean_F = known_NF.amin(0), known_NF.amax(0), known_NF.mean(0)
     width_F = high_F - low_F
+    blocks = zip(*(torch.split(tensor, widths, dim=-1) for tensor in (known_NF, width_F, mean_F)), strict=True)
+    scale_F = torch.cat([_scale(block_NF, width, mean, by_coordinate) for block_NF, width, mean in blocks])
+    return Scaling(low_F - width_F, high_F + width_F, mean_F, scale_F, with_logarithms)
+
+
+def _scale(block_NF: Tensor, width_F: Tensor, mean_F: Tensor, by_coordinate: bool) -> Tensor:
+    """What each coordinate of a block is divided by, (F,); infinite where it never moves, so that it becomes 0."""
     moves_F = width_F > 0
     if not bool(moves_F.any()):  # also where there is no coordinate
-        return [torch.zeros_like(part) for part in parts]
+        return torch.full_like(width_F, float("inf"))
     # in units of the range first: the square of a very small or very large number is 0 or infinity
     unit_F = torch.where(moves_F, width_F, 1.0) if by_coordinate else width_F.max().expand_as(width_F)
-    spread_F = ((known_NF - mean_F) / unit_F).square().mean(0).sqrt()
+    spread_F = (block_NF - mean_F).div_(unit_F).square_().mean(0).sqrt()
     scale_F = unit_F * (spread_F * moves_F.sum().sqrt() if by_coordinate else spread_F[moves_F].norm())
     if not bool(torch.isfinite(scale_F).all()):
         raise AuditError("activations or entitled values: too large to compute with; expected sane values")
-
-    def scaled(part_NF: Tensor) -> Tensor:
-        held_NF = part_NF.clamp(low_F - width_F, high_F + width_F)
-        return torch.where(moves_F, (held_NF - mean_F) / scale_F, 0.0)
-
-    return [scaled(part) for part in parts]
+    return torch.where(moves_F, scale_F, float("inf"))

@@ -1,6 +1,6 @@
 """A suite of attacks on one view: who is in it, how it is run, which of them is best.
 
-Legend: N rows.
+Legend: N validation rows, of which an attack may have rebuilt only the first n.
 """
 
 from __future__ import annotations
@@ -8,23 +8,63 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
+from torch import Tensor
 
 from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.decoder import Decoder
+from milkglass.attacks.deep_image_prior import DeepImagePrior
+from milkglass.attacks.defense_aware import DefenseAware
 from milkglass.attacks.kernel_ridge import KernelRidge
+from milkglass.attacks.likelihood import LikelihoodFromGrey, LikelihoodFromRidge
 from milkglass.attacks.mean_record import MeanRecord
+from milkglass.attacks.membership import ClassDistance, Lira, LossThreshold, MembershipAttack
+from milkglass.attacks.nearest_neighbor import NearestNeighbor
 from milkglass.attacks.ridge import Ridge
+from milkglass.attacks.sdar import Sdar
+from milkglass.attacks.shadow import Shadow
 from milkglass.attacks.stack import Stack, combine
+from milkglass.attacks.unsplit import UnSplit
 from milkglass.errors import AuditError, nearest
 from milkglass.leakage.reconstruction import squared_errors
-from milkglass.transcript import View
+from milkglass.transcript import Known, View
+
+Strength = Literal["quick", "default", "thorough"]
+Runner = Callable[[Attack, View], Reconstruction]
+"""Runs an attack on a view, or brings back what it gave before."""
+
+FROM_PAIRS: Final[frozenset[Known]] = frozenset({"pairs", "records"})
 
 
-def default_attacks(seed: int = 0) -> tuple[Attack, ...]:
-    """The suite of an honest but curious server, cheapest first; an audit adds their stack."""
-    return MeanRecord(), Ridge(), KernelRidge(), Decoder(seed=seed)
+def attacks_of(strength: Strength, seed: int = 0) -> tuple[Attack, ...]:
+    """The attacks of an audit, cheapest first; the audit adds their stack.
+
+    quick: under a minute on digits, pairs alone. default: an honest but curious server that has pairs, fresh releases
+    of its own records, and the client's weights. thorough: everything there is, a malicious server too.
+    """
+    from_pairs_alone: tuple[Attack, ...] = (MeanRecord(), NearestNeighbor(), Ridge(), KernelRidge())
+    if strength == "quick":
+        return (*from_pairs_alone, Decoder(steps=200, seed=seed))
+    default = (*from_pairs_alone, Decoder(seed=seed), DefenseAware(seed=seed), LikelihoodFromRidge())
+    if strength == "default":
+        return default
+    return (
+        *default,
+        Decoder(steps=2000, width=64, seed=seed),
+        LikelihoodFromGrey(),
+        DeepImagePrior(seed=seed),
+        Shadow(seed=seed),
+        UnSplit(seed=seed),
+        Sdar(seed=seed),
+    )
+
+
+def membership_attacks(strength: Strength, seed: int = 0) -> tuple[MembershipAttack, ...]:
+    """Who was trained on: by loss and by distance to the class; with shadow networks when thorough."""
+    attacks: tuple[MembershipAttack, ...] = (ClassDistance(seed), LossThreshold())
+    return (*attacks, Lira(seed=seed)) if strength == "thorough" else attacks
 
 
 def choose_attacks(names: Iterable[str], attacks: Sequence[Attack]) -> tuple[Attack, ...]:
@@ -38,13 +78,23 @@ def choose_attacks(names: Iterable[str], attacks: Sequence[Attack]) -> tuple[Att
     return tuple(attack for attack in attacks if attack.name in wanted)
 
 
+def from_pairs(attacks: Iterable[Attack]) -> tuple[Attack, ...]:
+    """Those that need nothing but pairs: they can be run on any trial, on the answer alone, and on the controls."""
+    return tuple(attack for attack in attacks if FROM_PAIRS.issuperset(attack.knows))
+
+
 @dataclass(frozen=True)
 class Run:
-    """One attack's reconstruction of one view, and its error on validation records."""
+    """One attack's reconstruction of one view, and the errors of the first n validation records, (n,).
+
+    complete: it rebuilt all rows. knows: all that went into it.
+    """
 
     attack: Attack
     reconstruction: Reconstruction
-    validation_error: float
+    errors_n: Tensor
+    complete: bool
+    knows: tuple[Known, ...]
 
     @property
     def name(self) -> str:
@@ -52,59 +102,108 @@ class Run:
         return self.attack.name
 
     @property
+    def validation_error(self) -> float:
+        """Mean squared error per value on the validation records it rebuilt."""
+        return self.errors_n.mean().item()
+
+    @property
     def usable(self) -> bool:
         """Whether all values of the reconstruction are finite."""
-        return self.validation_error < float("inf")
+        return self.validation_error < math.inf
+
+    @property
+    def may_be_stacked(self) -> bool:
+        """Whether it speaks of the run as it is, and of every record."""
+        return self.usable and self.complete and "training" not in self.attack.knows
 
 
-def run_attack(attack: Attack, view: View) -> Run:
+@dataclass(frozen=True)
+class Skipped:
+    """An attack that was not run, and why."""
+
+    attack: str
+    why: str
+
+
+def straight(attack: Attack, view: View) -> Reconstruction:
+    """Run the attack."""
+    return attack.attack(view)
+
+
+def run_attack(attack: Attack, view: View, runner: Runner = straight) -> Run:
     """Run it, and see that it gives what an attack has to give."""
-    return _judged(attack, view, attack.attack(view))
+    return _judged(attack, view, runner(attack, view), attack.knows)
 
 
-def _judged(attack: Attack, view: View, made: Reconstruction) -> Run:
+def _judged(attack: Attack, view: View, made: Reconstruction, knows: tuple[Known, ...]) -> Run:
     records = view.validation.records
+    complete = True
     for what, tensor, rows in (
         ("validation", made.validation, len(records)),
         ("target", made.target, len(view.target)),
     ):
-        if tensor.shape != (rows, *records.shape[1:]):
+        if tensor.shape[1:] != records.shape[1:] or not 0 < len(tensor) <= rows:
             raise AuditError(
                 f"attack {attack.name!r}: its {what} reconstruction has shape {tuple(tensor.shape)}; "
-                f"expected {(rows, *records.shape[1:])}"
+                f"expected {(rows, *records.shape[1:])}, or fewer rows"
             )
+        complete = complete and len(tensor) == rows
     finite = bool(torch.isfinite(made.validation).all() and torch.isfinite(made.target).all())
-    error = squared_errors(made.validation, records).mean().item() if finite else float("inf")
-    return Run(attack, made, error)
+    first = records[: len(made.validation)]
+    errors_n = squared_errors(made.validation, first) if finite else torch.full((len(first),), math.inf)
+    return Run(attack, made, errors_n, complete, knows)
 
 
 def run_suite(
-    view: View, suite: Sequence[Attack], starting: Callable[[str], None], members: Sequence[Run] = ()
-) -> list[Run]:
-    """Every attack on the view, and the stack of all these with the runs already made, `members`."""
-    runs = []
+    view: View, suite: Sequence[Attack], runner: Runner = straight, members: Sequence[Run] = ()
+) -> tuple[list[Run], list[Skipped]]:
+    """Every attack on the view, and the stack of all these with the runs already made, `members`.
+
+    An attack that cannot be run on this view is left out, and why.
+    """
+    runs: list[Run] = []
+    skipped: list[Skipped] = []
     for attack in suite:
-        starting(attack.name)
-        runs.append(run_attack(attack, view))
-    together = [run.reconstruction for run in (*runs, *members) if run.usable]
+        try:
+            made = runner(attack, view)
+        except AuditError as error:
+            skipped.append(Skipped(attack.name, str(error)))
+        else:
+            runs.append(_judged(attack, view, made, attack.knows))
+    together = [run for run in (*runs, *members) if run.may_be_stacked]
     if not together:
-        raise AuditError("no attack gave a reconstruction whose values are all finite")
-    return [*runs, _judged(Stack(suite), view, combine(view, together))]
+        raise AuditError("no attack gave a reconstruction of all records whose values are all finite")
+    knows = tuple(dict.fromkeys(known for run in together for known in run.knows))
+    stack = Stack([run.attack for run in runs] or suite)
+    return [*runs, _judged(stack, view, combine(view, [run.reconstruction for run in together]), knows)], skipped
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run with the least error on validation records; the earlier one of two alike."""
-    return min(runs, key=lambda run: run.validation_error)
+    """The run with the least error on validation records; the earlier one of two alike.
+
+    One that rebuilt only the first n records is compared on these.
+    """
+    complete = [run for run in runs if run.complete]
+    champion = min(complete or runs, key=lambda run: run.validation_error)
+    for run in runs:
+        rows = min(len(run.errors_n), len(champion.errors_n))
+        if run.errors_n[:rows].mean() < champion.errors_n[:rows].mean():
+            champion = run
+    return champion
 
 
 def until(
-    suite: Sequence[Attack], view: View, measure: Callable[[Run], float], passes: Callable[[float], bool]
+    suite: Sequence[Attack],
+    view: View,
+    measure: Callable[[Run], float],
+    passes: Callable[[float], bool],
+    runner: Runner = straight,
 ) -> float:
     """The measure of the best of the attacks so far, cheapest first, ended by the first that passes."""
     runs: list[Run] = []
     value = 0.0  # where nothing was rebuilt: no control passes with it
     for attack in suite:
-        runs.append(run_attack(attack, view))
+        runs.append(run_attack(attack, view, runner))
         if best(runs).usable:
             measured = measure(best(runs))
             value = measured if math.isfinite(measured) else value

@@ -6,7 +6,6 @@ Legend: N records, T test records, R resamples, C channels, H height, W width; t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -14,27 +13,12 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from milkglass.errors import AuditError
+from milkglass.leakage.estimate import Estimate
 
 RESAMPLES: Final = 2000
 MATCH_AMONG: Final = 1000
 BEST_PSNR_DB: Final = 120.0
 _RESAMPLES_AT_ONCE: Final = 4_000_000  # numbers drawn at a time
-
-
-@dataclass(frozen=True)
-class Peek:
-    """1 - error_attack / error_entitled with its 95 % bootstrap interval over test records; higher = more leaks.
-
-    1 = the raw record, 0 = nothing beyond what the receiver is entitled to.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """As in audit.json."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def squared_errors(reconstructions: Tensor, records: Tensor) -> Tensor:
@@ -48,8 +32,10 @@ def squared_errors(reconstructions: Tensor, records: Tensor) -> Tensor:
 
 def peek(
     attack_errors_T: Tensor, entitled_errors_T: Tensor, generator: torch.Generator, resamples: int = RESAMPLES
-) -> Peek:
-    """Peek from the same test records' errors under the attack and under the entitled baseline.
+) -> Estimate:
+    """1 - error_attack / error_entitled, from the same test records' errors under both; higher = more leaks.
+
+    1 = the raw record, 0 = nothing beyond what the receiver is entitled to.
 
     The interval is the 2.5 % and 97.5 % quantile of peek over resampled test records, both errors of a record drawn
     together (Efron and Tibshirani 1993, section 13.3). It holds for the fitted attacks: that they were fitted on these
@@ -71,7 +57,7 @@ def peek(
         ratios.append(attack_T[rows_RT].mean(1) / entitled_T[rows_RT].mean(1).clamp_min(1e-12))
     levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.quantile(1 - torch.cat(ratios), levels).tolist()
-    return Peek(1 - (attack_T.mean() / entitled_T.mean()).item(), low, high)
+    return Estimate(1 - (attack_T.mean() / entitled_T.mean()).item(), low, high)
 
 
 def psnr_db(mean_squared_error: float, value_range: float = 1.0) -> float:
@@ -82,20 +68,35 @@ def psnr_db(mean_squared_error: float, value_range: float = 1.0) -> float:
 
 
 def ssim(reconstructions: Tensor, records: Tensor) -> float | None:
-    """Mean structural similarity (Wang et al. 2004) of pictures (N, C, H, W) in [0, 1]; 1 = the same picture.
+    """Mean structural similarity of pictures, see `ssim_each`; None for flat records and pictures below 8 pixels."""
+    if records.ndim != 4 or min(records.shape[2:]) < 8:
+        return None
+    return ssim_each(reconstructions, records).mean().item()
+
+
+def ssim_each(reconstructions: Tensor, records: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of pictures (N, C, H, W) in [0, 1], each (N,); 1 = the same picture.
 
     The usual Gaussian window (11 pixels, sigma 1.5); pictures narrower or lower than 16 pixels, such as the 8 x 8
     digits, take one of 7 pixels (sigma 0.8). Pictures are mirrored at their edges, and all of their pixels count, where
-    others leave out a margin. None for flat records and for pictures below 8 pixels.
+    others leave out a margin.
     """
-    if records.ndim != 4 or min(records.shape[2:]) < 8:
-        return None
     sigma = 1.5 if min(records.shape[2:]) >= 16 else 0.8
-    value = structural_similarity_index_measure(
-        reconstructions.to(torch.float64), records.to(torch.float64), sigma=sigma, data_range=1.0
+    values_N = structural_similarity_index_measure(
+        reconstructions.to(torch.float64), records.to(torch.float64), sigma=sigma, data_range=1.0, reduction="none"
     )
-    assert isinstance(value, Tensor)
-    return value.item()
+    assert isinstance(values_N, Tensor)
+    return values_N.reshape(len(records))
+
+
+def mean_interval(values_T: Tensor, generator: torch.Generator, resamples: int = RESAMPLES) -> Estimate:
+    """The mean of a value of each test record, with its 95 % bootstrap interval over these records."""
+    count, means = len(values_T), []
+    for done in range(0, resamples, step := max(1, _RESAMPLES_AT_ONCE // count)):
+        rows_RT = torch.randint(count, (min(step, resamples - done), count), generator=generator)
+        means.append(values_T.to(torch.float64)[rows_RT].mean(1))
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(values_T.to(torch.float64).mean().item(), low, high)
 
 
 def match_top1(reconstructions: Tensor, records: Tensor) -> float:

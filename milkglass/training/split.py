@@ -24,6 +24,7 @@ from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
 from milkglass.errors import DataError, RunError
+from milkglass.guards import HijackGuard
 from milkglass.networks import build
 from milkglass.parties import Client, Server, StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
@@ -74,12 +75,12 @@ class Silence:
 def deal_records(recipe: Recipe) -> Deal:
     """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed."""
     data = recipe.data
-    train = load(name=data.name, path=_path(data.path), hub=data.hub)
+    train = load(name=data.name, path=_path(data.path), hub=data.hub, sensitive=data.sensitive)
     test = None
     if data.test_path is not None:
-        test = load(path=_path(data.test_path))
+        test = load(path=_path(data.test_path), sensitive=data.sensitive)
     elif data.test_split is not None:
-        test = load(hub=data.hub, split=data.test_split)
+        test = load(hub=data.hub, split=data.test_split, sensitive=data.sensitive)
     return deal(
         train,
         test,
@@ -150,6 +151,7 @@ def set_up(
     records = records or deal_records(recipe)
     (bottom, top), cautions = stages(recipe, records, private)
     _check_batches(recipe, len(records.train[name]), coupled=[*couples_records(bottom), *couples_records(top)])
+    guard = _hijack_guard(recipe, len(records.train[name]), records.classes, private)
     server = Server(
         top,
         _optimizer(recipe, top),
@@ -157,7 +159,15 @@ def set_up(
         source=rehearsal_source(recipe.seed, recipe.parties.server),
     )
     transport = wrap(LocalTransport(server))
-    client = Client(bottom, _optimizer(recipe, bottom), transport, defenses=defenses(recipe), name=name, source=private)
+    client = Client(
+        bottom,
+        _optimizer(recipe, bottom),
+        transport,
+        defenses=defenses(recipe),
+        hijack_guard=guard,
+        name=name,
+        source=private,
+    )
     return Setup(recipe, records, client, server, transport, cautions)
 
 
@@ -172,17 +182,21 @@ def batches_of(setup: Setup, epoch: int) -> list[torch.Tensor]:
 
 
 def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
-    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way)."""
+    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way).
+
+    Batches that went out mislabeled count in neither.
+    """
     client, batches = setup.client, batches_of(setup, epoch)
     records = setup.records.train[client.name]
-    loss = accuracy = 0.0
+    loss = accuracy = seen = 0.0
     for step, rows in enumerate(batches, start=1):
         result = client.step(records.x[rows], records.y[rows])
-        loss += result.loss * len(rows)
-        accuracy += result.accuracy * len(rows)
+        if not result.mislabeled:
+            loss += result.loss * len(rows)
+            accuracy += result.accuracy * len(rows)
+            seen += len(rows)
         if progress is not None:
             progress.batch(epoch, step, len(batches), result)
-    seen = sum(map(len, batches))
     return loss / seen, accuracy / seen
 
 
@@ -238,10 +252,13 @@ def _train_epochs(setup: Setup, folder: RunFolder, progress: Progress) -> list[d
 
 
 def digest_of(records: Deal) -> str:
-    """SHA-256 over all dealt records and labels, in hexadecimal. It stays in the run folder: records are private."""
+    """SHA-256 over all dealt records, labels and sensitive columns, in hexadecimal.
+
+    It stays in the run folder: records are private.
+    """
     content = hashlib.sha256()
     for part in (*records.train.values(), records.auxiliary, records.validation, records.test):
-        for tensor in (part.x, part.y):
+        for tensor in (part.x, part.y, *(part.attributes[name] for name in sorted(part.attributes))):
             content.update(tensor.contiguous().numpy().data)
     return content.hexdigest()
 
@@ -311,6 +328,24 @@ def _check_batches(recipe: Recipe, records: int, coupled: list[str]) -> None:
             f"the last batch has one record, and BatchNorm ({coupled[0]}) needs two: "
             "set training.drop_last_batch = true, or another batch_size"
         )
+
+
+def _hijack_guard(recipe: Recipe, records: int, classes: int, private: Source) -> HijackGuard | None:
+    """The client's guard, or None. Raises DataError where it could not do its work in so few batches."""
+    settings = recipe.guard.hijack
+    if settings is None:
+        return None
+    guard = HijackGuard(private.derive("guard"), classes, **settings.model_dump())
+    size, training = recipe.training.batch_size, recipe.training
+    batches = records // size if training.drop_last_batch else -(-records // size)
+    if batches < 2:
+        raise DataError("guard.hijack needs at least 2 batches an epoch: one may be mislabeled; lower batch_size")
+    if batches * training.epochs < guard.steps_to_judge:
+        raise DataError(
+            f"guard.hijack judges the server after {guard.steps_to_judge} batches, and {training.epochs} epochs have "
+            f"{batches * training.epochs}: lower its warm_up, or raise its fake_share or training.epochs"
+        )
+    return guard
 
 
 def _optimizer(recipe: Recipe, stage: nn.Module) -> torch.optim.Optimizer | None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from milkglass.attacks import stack
-from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
+from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.features import answer_alone, as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge, fit_ridge
 from milkglass.attacks.stack import Stack, combine
-from milkglass.attacks.suite import choose_attacks, default_attacks
+from milkglass.attacks.suite import attacks_of, choose_attacks
 from milkglass.errors import AuditError
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.transcript import Pairs, Release, View
@@ -256,7 +256,7 @@ def test_entitled_only_members_save_a_stack_whose_attack_is_led_astray() -> None
 
 
 def test_attacks_are_chosen_by_name() -> None:
-    suite = default_attacks()
+    suite = attacks_of("thorough")
     assert [attack.name for attack in choose_attacks(["decoder", "stack"], suite)] == [
         "mean record",
         "ridge",

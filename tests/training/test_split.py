@@ -14,13 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from milkglass.errors import CutError, DataError, EgressError, MilkglassError, RunError
+from milkglass.cli import main
+from milkglass.errors import CutError, DataError, EgressError, HijackError, MilkglassError, RunError
 from milkglass.messages import Message
-from milkglass.parties import StepResult
+from milkglass.parties import Server, StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.runs import RunFolder
-from milkglass.training.split import Setup, Silence, evaluate_on_test, set_up, train, train_epoch
+from milkglass.training.split import (
+    Setup,
+    Silence,
+    deal_records,
+    digest_of,
+    evaluate_on_test,
+    set_up,
+    train,
+    train_epoch,
+)
 from milkglass.transcript import Crossing, Transcript
 from milkglass.transports.base import Transport
 from milkglass.transports.wrappers import RecordingTransport
@@ -182,7 +192,7 @@ class _Stop(Silence):
     def __init__(self, when: Callable[[int, int], bool]) -> None:
         self._when = when
 
-    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:  # noqa: ARG002
+    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
         if self._when(epoch, step):
             raise KeyboardInterrupt
 
@@ -311,7 +321,7 @@ def test_resume_with_other_records_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     class Intruder(Silence):
-        def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:  # noqa: ARG002
+        def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
             with pytest.raises(RunError, match="another process is training in it"):
                 train(small_recipe(), tmp_path / "run", resume=True)
             raise KeyboardInterrupt
@@ -382,3 +392,109 @@ def test_diverged_training_says_so(tmp_path: Path) -> None:
     training = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 1e30}
     with pytest.raises(MilkglassError, match="diverged"):
         train(small_recipe(training=training), tmp_path / "run")
+
+
+# -- the guard against a hijacking server
+
+GUARDED: dict[str, Any] = {"guard": {"hijack": {"fake_share": 0.25, "warm_up": 3}}}
+LONGER: dict[str, Any] = {"training": {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2}}
+
+
+def test_a_guarded_run_resumes_in_the_same_bits_and_an_unguarded_one_is_as_ever(tmp_path: Path) -> None:
+    guarded, plain = small_recipe(**LONGER, **GUARDED), small_recipe(**LONGER)
+    train(guarded, tmp_path / "whole", Source(KEY))
+    with pytest.raises(KeyboardInterrupt):
+        train(guarded, tmp_path / "run", Source(KEY), progress=_Stop(lambda epoch, step: (epoch, step) == (5, 2)))
+    train(guarded, tmp_path / "run", Source(KEY), resume=True)
+    assert _files(tmp_path / "run") == _files(tmp_path / "whole")
+    assert _metrics(tmp_path / "run") == _metrics(tmp_path / "whole")
+    train(plain, tmp_path / "plain", Source(KEY))
+    assert _files(tmp_path / "plain") != _files(tmp_path / "whole")
+    # the guard is the client's own: a server is not told, a reference has none, a run may go on with or without it
+    assert guarded.digest() == plain.digest()
+    assert guarded.undefended() == plain
+    with pytest.raises(KeyboardInterrupt):
+        train(plain, tmp_path / "then", Source(KEY), progress=_Stop(lambda epoch, step: (epoch, step) == (3, 1)))
+    train(guarded, tmp_path / "then", Source(KEY), resume=True)
+
+
+def test_mislabeled_batches_count_neither_as_loss_nor_as_accuracy() -> None:
+    setup = set_up(small_recipe(**LONGER, **GUARDED))
+    seen: list[StepResult] = []
+
+    class Watch(Silence):
+        def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
+            seen.append(result)
+
+    for epoch in range(1, 7):
+        seen.clear()
+        loss, accuracy = train_epoch(setup, epoch, Watch())
+        honest = [result for result in seen if not result.mislabeled]
+        assert loss == pytest.approx(sum(result.loss for result in honest) / len(honest))
+        assert accuracy == pytest.approx(sum(result.accuracy for result in honest) / len(honest))
+    assert len(honest) < len(seen), "the last epoch had a mislabeled one"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"epochs": 9, "batch_size": 96}}, "guard.hijack needs at least 2 batches an epoch"),
+        ({"training": {"epochs": 4, "batch_size": 32}}, "judges the server after 15 batches, and 4 epochs have 12"),
+    ],
+)
+def test_a_guard_that_could_not_judge_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        train(small_recipe(**changes, **GUARDED), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class _Hijacker:
+    """In the server's place: an honest one's words, and gradients that do not depend on the labels."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._server = Server(*arguments, **named)
+        self.name, self.state, self.stage = self._server.name, self._server.state, self._server.stage
+
+    def reply(self, message: Message) -> Message:
+        answer = self._server.reply(message)
+        if message.kind != "activations":
+            return answer
+        return replace(answer, tensors={**answer.tensors, "gradient": message.tensors["activations"] / 32})
+
+
+def test_a_hijacked_run_stops_with_one_line_and_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("milkglass.training.split.Server", _Hijacker)
+    recipe, run = small_recipe(**LONGER, **GUARDED), tmp_path / "run"
+    with pytest.raises(HijackError, match=r"step 1\d: .* hardly depend on the labels"):
+        train(recipe, run)
+    kept = [path.name for path in (run / "checkpoint").iterdir()]
+    assert len(kept) == 1
+    assert set(kept) <= {"0003", "0004"}, "the last whole epoch before the alarm"
+    assert not (run / "summary.json").exists()
+
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "other")])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("milkglass: step 1")
+    assert "Traceback" not in "".join(lines)
+
+
+# -- sensitive columns
+
+
+def test_sensitive_columns_are_part_of_what_the_records_hash_to(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    features, labels, drawn = draw.normal(size=(200, 5)), np.arange(200) % 2, draw.integers(0, 2, 200)
+    digests = []
+    for name, sex in (("a.npz", drawn), ("b.npz", 1 - drawn)):
+        np.savez(tmp_path / name, features=features, labels=labels, sex=sex)
+        for data in ({"path": str(tmp_path / name), "sensitive": ["sex"]}, {"path": str(tmp_path / name)}):
+            records = deal_records(small_recipe(data=data))
+            assert set(records.auxiliary.attributes) == set(data.get("sensitive", ()))
+            digests.append(digest_of(records))
+    assert digests[1] == digests[3], "nobody named it"
+    assert len(set(digests)) == 3

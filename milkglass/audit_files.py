@@ -1,0 +1,153 @@
+"""From a run folder, or from recorded arrays, to `audit.json` and `pictures.safetensors`: what `milkglass audit` does.
+
+Results of attacks are kept in `attacks/` beside them: an audit that was interrupted goes on at the next attack.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from milkglass.attacks.base import Attack
+from milkglass.attacks.suite import Strength, attacks_of, choose_attacks
+from milkglass.audit import Audit, audit, measurable
+from milkglass.audit import Progress as AuditProgress
+from milkglass.errors import AuditError
+from milkglass.kept import Kept
+from milkglass.recorded import NAMES, read_trial
+from milkglass.replay import Replay, find_reference, replay
+from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
+from milkglass.training.split import Progress, computing_with
+from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, check_budget
+
+KEPT: Final = "attacks"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How hard to attack, with what, and what may be shown at most. attacks: only these; None: all of the strength."""
+
+    strength: Strength = "default"
+    attacks: Sequence[str] | None = None
+    budget: Mapping[str, float] | None = None
+
+    def suite(self, seed: int) -> tuple[Attack, ...]:
+        """The attacks; those named are looked for among all there are."""
+        if self.attacks is None:
+            return attacks_of(self.strength, seed)
+        return choose_attacks(self.attacks, attacks_of("thorough", seed))
+
+
+Watched = AbstractContextManager[AuditProgress]
+
+
+def audit_run(
+    run: Path,
+    plan: Plan,
+    *,
+    reference: Path | None = None,
+    out: Path | None = None,
+    training: Callable[[int, str], AbstractContextManager[Progress]],
+    watching: Callable[[], Watched],
+) -> tuple[Audit, dict[str, Any]]:
+    """Audit a finished run; returns what was found, and what audit.json holds. training, watching: who watches."""
+    folder = RunFolder.open_finished(run)
+    recipe = folder.recipe
+    suite = plan.suite(recipe.seed)
+    if plan.budget is not None:  # told before the work
+        attributes = [f"attribute.{name}" for name in recipe.data.sensitive]
+        check_budget(plan.budget, [*RECONSTRUCTION_MEASURES, MATCHING, *attributes, *MEMBERSHIP_MEASURES])
+    folder.accuracy  # noqa: B018  a damaged summary is told before the work too
+    target = out or run
+    _check_writable(target)
+    with training(recipe.training.epochs, "reference") as progress:
+        undefended = find_reference(folder, reference, progress)
+    with training(recipe.training.epochs, "replayed training") as progress:
+        replayed = replay(folder, undefended, trained_on=plan.strength != "quick", progress=progress)
+    with computing_with(recipe.threads), watching() as watch:
+        found = _audit(replayed, plan, suite, recipe.seed, target, watch)
+    content = found.to_dict() | {
+        "defense": replayed.defense,
+        "accuracy": folder.accuracy,
+        "reference": str(undefended.path),
+        "reference_accuracy": replayed.reference_accuracy,
+    }
+    _write(target, found, content)
+    return found, content
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where the arrays of another framework lie: `.npy` files."""
+
+    activations: Path
+    records: Path
+    entitled: Path | None
+
+
+def where_recorded(
+    run: Path | None, activations: Path | None, records: Path | None, entitled: Path | None
+) -> Recorded | None:
+    """The arrays that a command line names, by file or by their folder; None where it names a run folder."""
+    if activations is not None or records is not None or entitled is not None:
+        if run is not None:
+            raise AuditError(f"both a folder, {run}, and arrays are named; expected one of them")
+        if activations is None or records is None:
+            raise AuditError("expected --activations and --records, row by row; --entitled if there is one")
+        return Recorded(activations, records, entitled)
+    if run is None:
+        raise AuditError("nothing to audit; expected a run folder, or --activations and --records")
+    files = [run / name for name in NAMES]
+    if not files[0].exists() or (run / "recipe.toml").exists():
+        return None
+    return Recorded(files[0], files[1], files[2] if files[2].exists() else None)
+
+
+def audit_recorded(
+    recorded: Recorded, plan: Plan, *, out: Path, watching: Callable[[], Watched]
+) -> tuple[Audit, dict[str, Any]]:
+    """Audit arrays recorded elsewhere."""
+    trial = read_trial(recorded.activations, recorded.records, recorded.entitled)
+    suite = plan.suite(seed=0)
+    if plan.budget is not None:
+        check_budget(plan.budget, measurable([trial], None, plan.strength))
+    _check_writable(out)
+    with computing_with(1), watching() as watch:
+        found = _audit(Replay((trial,), "not known", 0.0), plan, suite, 0, out, watch)
+    content = found.to_dict() | {
+        "activations": str(recorded.activations),
+        "records": str(recorded.records),
+        "entitled": None if recorded.entitled is None else str(recorded.entitled),
+    }
+    _write(out, found, content)
+    return found, content
+
+
+def _audit(
+    replayed: Replay, plan: Plan, suite: Sequence[Attack], seed: int, target: Path, watch: AuditProgress
+) -> Audit:
+    return audit(
+        replayed.trials,
+        attacks=suite,
+        strength=plan.strength,
+        membership=replayed.membership,
+        budget=plan.budget,
+        seed=seed,
+        progress=watch,
+        kept=Kept(target / KEPT),
+        notes=replayed.notes,
+    )
+
+
+def _check_writable(target: Path) -> None:
+    write_beside(target / "audit.json.partial", b"")
+    (target / "audit.json.partial").unlink()
+
+
+def _write(target: Path, found: Audit, content: Mapping[str, Any]) -> None:
+    write_beside(target / "pictures.safetensors", tensors_as_bytes(found.pictures))
+    write_beside(target / "audit.json", (json.dumps(content, indent=2) + "\n").encode())

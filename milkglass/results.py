@@ -1,0 +1,318 @@
+"""Run folders, and folders with an audit alone, as they are read for a report: `RunResults`.
+
+Files are read through pydantic models, so a damaged one is one clear line.
+
+Legend: P records shown, C channels, H height, W width, F values of a flat record.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import numpy as np
+import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError
+
+from milkglass.errors import RunError
+from milkglass.figures import MOST_ACROSS, Array
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class DistanceCorrelation(_File):
+    """Between records and activations: 0 = independent; the squared, bias-corrected value may be slightly negative."""
+
+    squared_unbiased: float
+    biased: float
+    n: int
+    permutation_floor: float
+
+
+class Epoch(_File):
+    """A line of `metrics.jsonl`, as far as it is drawn. Accuracy is 0..1."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    distance_correlation: DistanceCorrelation
+
+
+class Wire(_File):
+    """All messages of one kind in one direction, as counted on the wire."""
+
+    direction: str
+    kind: str
+    messages: int
+    bytes: int
+
+
+class Summary(_File):
+    """`summary.json`. Accuracy is 0..1 on test records; bytes are counted at the client's side."""
+
+    accuracy: float
+    distance_correlation: DistanceCorrelation
+    bytes_sent: int
+    bytes_received: int
+    messages: int
+    seconds: float
+    seconds_per_epoch: float
+    client_flops_per_sample: float
+    seed: int
+    defense: str
+    keys: str
+    wire: tuple[Wire, ...]
+    records: dict[str, int | dict[str, int]]  # training records are counted by client
+
+
+class Interval(_File):
+    """A value with the ends of its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Control(_File):
+    """One known-answer test of the attacks."""
+
+    value: float
+    limit: float
+    passed: bool
+
+
+class AttackFigures(_File):
+    """What one attack reached on the `records` it rebuilt. Higher peek, PSNR, SSIM and top-1 match = more leakage."""
+
+    name: str
+    adversary: str
+    knows: tuple[str, ...]
+    exposure: str
+    mse: float
+    psnr_db: float
+    ssim: float | None = None
+    peek: float
+    peek_low: float | None = None
+    peek_high: float | None = None
+    match_top1: float
+    records: int | None = None
+    seconds: float
+    undertrained: bool = False
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of the peek's 95 % interval, where the file has them."""
+        return None if self.peek_low is None or self.peek_high is None else (self.peek_low, self.peek_high)
+
+    @property
+    def outcome(self) -> str:
+        """Against the answer alone: "more" was rebuilt, "nothing" more, or "worse": too weak an attack to tell."""
+        low, high = self.interval or (self.peek, self.peek)
+        return "more" if low > 0 else "worse" if high < 0 else "nothing"
+
+
+class Inference(_File):
+    """What one attack guessed of the records, a sensitive attribute or who was trained on. Higher = more leakage."""
+
+    measure: str
+    name: str
+    adversary: str
+    knows: tuple[str, ...] = ()
+    exposure: str
+    value: float
+    low: float
+    high: float
+    n: int
+    seconds: float
+    details: dict[str, float] = {}
+
+
+class AttackCurve(_File):
+    """How one attack does with fewer pairs. Lower mse, higher peek = more leakage."""
+
+    attack: str
+    exposure: str
+    pairs: tuple[int, ...]
+    mse: tuple[float, ...]
+    peek: tuple[float, ...]
+
+
+class AuditFigures(_File):
+    """`audit.json`. Peek: 1 = the raw record, 0 = nothing beyond the answer. `budget`: the most of a measure."""
+
+    peek: Interval
+    measures: dict[str, Interval] = {}
+    exposures: dict[str, Interval]
+    verdict: str
+    error_entitled: float
+    controls: dict[str, Control]
+    attacks: tuple[AttackFigures, ...]
+    inferences: tuple[Inference, ...] = ()
+    curves: tuple[AttackCurve, ...] = ()
+    skipped: tuple[dict[Literal["attack", "why"], str], ...] = ()
+    best_attack: str
+    reference_accuracy: float | None = None
+    strength: str | None = None
+    budget: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    defense: str | None = None
+    activations: str | None = None  # the files that were audited, where the arrays were recorded elsewhere
+    records: str | None = None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _of_peek(cls, value: object) -> object:
+        """A number is a budget of the peek; null is none."""
+        return {"peek": value} if isinstance(value, int | float) else value or {}
+
+    @property
+    def measured(self) -> dict[str, Interval]:
+        """All measures, the peek first."""
+        return {"peek": self.peek, **self.measures}
+
+    @property
+    def ranked(self) -> list[AttackFigures]:
+        """The attacks, highest peek first."""
+        return sorted(self.attacks, key=lambda k: -math.inf if math.isnan(k.peek) else k.peek, reverse=True)
+
+    @property
+    def strongest(self) -> list[AttackFigures]:
+        """For each attacker, by who it is and what it knows, its highest peek; highest first.
+
+        Whoever knows pairs knows records, whether or not the file names both.
+        """
+        by_attacker: dict[tuple[str, frozenset[str]], AttackFigures] = {}
+        for attack in self.ranked:
+            implied = {"records"} if "pairs" in attack.knows else set()
+            by_attacker.setdefault((attack.adversary, frozenset(attack.knows) - implied), attack)
+        return list(by_attacker.values())
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a peek of 0 is, in words that fit into a sentence."""
+
+    name: str
+    guess: str
+    row: str
+
+
+ANSWER: Final = Baseline("the answer alone", "a guess from the answer alone", "from the answer alone")
+MEAN_RECORD: Final = Baseline("the mean record", "the mean record", "the mean record")
+ENTITLED: Final = Baseline("the entitled baseline", "the entitled baseline", "from the entitled values")
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Everything that the report shows of one run. `pictures` are (P, C, H, W) or (P, F), by name; may be empty.
+
+    Where the folder holds an audit alone, `summary` is None, `recipe` "" and `epochs` empty.
+    """
+
+    name: str
+    recipe: str
+    summary: Summary | None
+    epochs: tuple[Epoch, ...]
+    audit: AuditFigures | None
+    pictures: dict[str, Array]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether arrays were audited that were recorded elsewhere: nothing is known then of how they came about."""
+        return self.audit is not None and self.audit.activations is not None
+
+    @property
+    def defense(self) -> str | None:
+        """The defense, "none" where there was none, or None where that is not known."""
+        return self.summary.defense if self.summary else self.audit.defense if self.audit else None
+
+    @property
+    def records(self) -> dict[str, int | dict[str, int]]:
+        """How many records there were, by use, as far as it is known."""
+        return self.summary.records if self.summary else {}
+
+    @property
+    def baseline(self) -> Baseline:
+        """Beside recorded arrays there may be no entitled values: then all baseline pictures are the mean record."""
+        if not self.is_recorded:
+            return ANSWER
+        entitled = self.pictures.get("entitled")
+        return MEAN_RECORD if entitled is not None and np.allclose(entitled, entitled[:1], atol=1e-4) else ENTITLED
+
+
+_Model = TypeVar("_Model", bound=_File)
+
+
+def read_results(folder: Path) -> list[RunResults]:
+    """The runs in `folder`: itself, or each direct subfolder with a summary or an audit; undefended ones first.
+
+    Raises RunError where there is no finished run and no audit, or a file of one is missing or damaged.
+    """
+    if _is_run(folder):
+        return [_read_run(folder)]
+    runs = [_read_run(path) for path in folder.glob("*") if _is_run(path)]
+    if not runs:
+        raise RunError(
+            f"{folder}: no finished run; expected summary.json, or the audit.json of recorded arrays, in it or in a "
+            "folder directly inside it"
+        )
+    return sorted(runs, key=lambda run: (run.defense != "none", run.name))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() or (folder / "audit.json").is_file()
+
+
+def _read_run(folder: Path) -> RunResults:
+    summary, audit = folder / "summary.json", folder / "audit.json"
+    finished = summary.exists()
+    return RunResults(
+        name=folder.resolve().name,
+        recipe=_read_text(folder / "recipe.toml") if finished else "",
+        summary=_parse(Summary, _read_text(summary), str(summary)) if finished else None,
+        epochs=_read_epochs(folder / "metrics.jsonl") if finished else (),
+        audit=_parse(AuditFigures, _read_text(audit), str(audit)) if audit.exists() else None,
+        pictures=_read_pictures(folder / "pictures.safetensors"),
+    )
+
+
+def _read_epochs(path: Path) -> tuple[Epoch, ...]:
+    lines = enumerate(_read_text(path).splitlines(), start=1)
+    epochs = tuple(_parse(Epoch, line, f"{path}, line {n}") for n, line in lines if line.strip())
+    if not epochs:
+        raise RunError(f"{path}: empty; expected a line for each epoch")
+    return epochs
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: missing or damaged, expected UTF-8 text: {error}") from None
+
+
+def _parse(model: type[_Model], text: str, where: str) -> _Model:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunError(f"{where}: damaged: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+def _read_pictures(path: Path) -> dict[str, Array]:
+    if not path.exists():
+        return {}
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: damaged: {error}") from None
+    shape = tensors["records"].shape if "records" in tensors else ()
+    if len(shape) not in (2, 4) or any(t.shape[1:] != shape[1:] or len(t) > shape[0] for t in tensors.values()):
+        raise RunError(f"{path}: damaged: expected 'records' (P, C, H, W) or (P, F), and tensors of its shape or less")
+    return {name: tensor[:MOST_ACROSS].astype(np.float32) for name, tensor in tensors.items() if len(tensor)}
