@@ -27,6 +27,7 @@ RECIPE: Final = Path(__file__).parents[1] / "examples" / "fashion-mnist.toml"
 WEIGHTS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 ESTIMATORS: Final = ("biased", "unbiased")
 SEEDS: Final = (0, 1, 2)
+ATTACKS: Final = "nearest neighbor,kernel ridge,decoder"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def make(cell: Cell, data: Path, folder: Path) -> Cell:
     out = folder / cell.name
     if not (out / "audit.json").exists():
         train_cell(cell, data, folder)
-        _milkglass(out, "audit", str(out), "--quick", "--reference", str(folder / Cell(None, 0.0, cell.seed).name))
+        reference = folder / Cell(None, 0.0, cell.seed).name
+        _milkglass(out, "audit", str(out), "--quick", "--attacks", ATTACKS, "--reference", str(reference))
     return cell
 
 

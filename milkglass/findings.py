@@ -152,7 +152,7 @@ def find(trial: Trial, suite: Sequence[Attack], source: Source, runner: Callable
     """Run the suite on the answer alone, then on the trial, and score it. runner: by what the attacks are run on."""
     view, exposure = trial.view, trial.view.exposure
     entitled, _ = run_suite(answer_alone(view), from_pairs(suite), runner(f"{exposure}, from the answer alone"))
-    entitled = with_finite_errors(entitled, trial)
+    entitled = [run for run in with_finite_errors(entitled, trial) if run.complete]  # a baseline for every record
     runs, skipped = run_suite(view, suite, runner(exposure), members=entitled)
     runs = with_finite_errors(runs, trial)
     errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)

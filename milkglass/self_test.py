@@ -33,7 +33,9 @@ def try_on_trial(
     error_entitled = finding.errors_entitled_T.mean().item()
 
     def peek_of(run: Run) -> float:
-        return 1 - squared_errors(run.reconstruction.target, trial.truth).mean().item() / error_entitled
+        rebuilt = run.reconstruction.target
+        alone = finding.errors_entitled_T[: len(rebuilt)].mean().item()
+        return 1 - squared_errors(rebuilt, trial.truth[: len(rebuilt)]).mean().item() / alone
 
     def is_open(value: float) -> bool:
         return value >= controls.IDENTITY_AT_LEAST
@@ -68,7 +70,8 @@ def try_on_gaussian(suite: Sequence[Attack], source: Source, remember: Remember)
     attacks = from_pairs(suite)
 
     def ratio_of(run: Run) -> float:
-        return squared_errors(run.reconstruction.target, trial.truth).mean().item() / least_error
+        rebuilt = run.reconstruction.target
+        return squared_errors(rebuilt, trial.truth[: len(rebuilt)]).mean().item() / least_error
 
     def is_near(value: float) -> bool:
         return abs(value - 1) <= controls.GAUSSIAN_WITHIN

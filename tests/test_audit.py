@@ -361,3 +361,78 @@ def test_bad_trials_and_suites_are_refused() -> None:
         audit([infinite], attacks=QUICK)
     with pytest.raises(AuditError, match=r"'returns': its validation .* \(100, 3\); expected \(100, 1, 8, 8\)"):
         audit([trial], attacks=[Returns(0.0, 3)])
+
+
+@final
+class FirstFew(Attack):
+    """Knows the first records as they are; a far worse guess of the rest is never asked for."""
+
+    name: ClassVar[str] = "first few"
+    knows = ("labels",)
+    paper: ClassVar[str] = "none"
+
+    def __init__(self, truth: Tensor, rows: int) -> None:
+        self._truth, self._rows = truth, rows
+
+    def __repr__(self) -> str:
+        return f"FirstFew({self._rows})"
+
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
+        return Reconstruction(view.validation.records[: self._rows].clone(), self._truth[: self._rows].clone(), 0.0)
+
+
+def test_an_attack_on_the_first_records_alone_is_compared_on_these() -> None:
+    trial = trial_of(torch.randn(COUNT, 8, generator=generator(8)))
+    known = replace(trial.view.known, labels=torch.zeros(300, dtype=torch.int64))
+    target = replace(trial.view.target, labels=torch.zeros(200, dtype=torch.int64))
+    trial = Trial(replace(trial.view, known=known, target=target), trial.truth)
+    found = audit(trial, attacks=[*QUICK[:2], FirstFew(trial.truth, 40)], strength="quick", budget={"peek": 0.5})
+    score = next(score for score in found.attacks if score.name == "first few")
+    assert (found.best_attack, score.records) == ("first few", 40)
+    assert found.peek.value == pytest.approx(1, abs=1e-6)
+    assert score.match_top1 == 1.0
+    assert found.verdict == "over budget"
+    stack = next(score for score in found.attacks if score.name == "stack")
+    assert stack.peek.value < 0.1  # it holds only what speaks of every record
+
+
+@final
+class Astounded(Attack):
+    """Cannot be run here, and would be stronger than all others."""
+
+    name: ClassVar[str] = "astounded"
+    knows = ("client weights",)
+    paper: ClassVar[str] = "none"
+
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
+        raise AssertionError("an attack that lacks knowledge is not run")
+
+
+def test_an_attack_that_must_know_more_is_left_out_by_name_and_the_rest_goes_on(half: Audit) -> None:
+    found = audit(trial_of(half_open()), attacks=[*QUICK[:2], Astounded()], strength="quick")
+    assert found.skipped == {"astounded": "attack 'astounded' needs client weights; the view has none"}
+    assert [score.name for score in found.attacks] == ["mean record", "ridge", "stack"]
+    assert found.to_dict()["skipped"] == [{"attack": "astounded", "why": found.skipped["astounded"]}]
+    assert half.skipped == {}
+
+
+def test_a_budget_on_what_cannot_be_measured_is_refused_before_any_attack() -> None:
+    with pytest.raises(AuditError, match=r"'attribute.sex', which this audit does not measure"):
+        audit(trial_of(half_open()), attacks=[Astounded(), *QUICK], budget={"attribute.sex": 0.1})
+
+
+def test_what_leaks_of_an_attribute_counts_with_its_upper_end() -> None:
+    trial = trial_of(half_open())
+    bright = (world()[0].flatten(1)[:, :32].mean(1) > 0.5).long()
+    view = trial.view
+    view = replace(
+        view,
+        known=replace(view.known, attributes={"bright": bright[:300]}),
+        validation=replace(view.validation, attributes={"bright": bright[300:400]}),
+    )
+    trial = Trial(view, trial.truth, attributes={"bright": bright[400:]})
+    kinds = [audit(trial, attacks=QUICK[:2], strength="quick", budget={"attribute.bright": b}) for b in (0.05, 0.5)]
+    assert [found.verdict for found in kinds] == ["over budget", "within budget"]
+    measured = kinds[0].measures["attribute.bright"]
+    assert 0.1 < measured.low < measured.value < measured.high <= 0.5
+    assert {row.measure for row in kinds[0].inferences} == {"attribute.bright"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -29,7 +29,7 @@ from milkglass.attacks.stack import Stack, combine
 from milkglass.attacks.unsplit import UnSplit
 from milkglass.errors import AuditError, nearest
 from milkglass.leakage.reconstruction import squared_errors
-from milkglass.transcript import Known, View
+from milkglass.transcript import Known, Pairs, Release, View
 
 Strength = Literal["quick", "default", "thorough"]
 Runner = Callable[[Attack, View], Reconstruction]
@@ -159,7 +159,8 @@ def run_suite(
 ) -> tuple[list[Run], list[Skipped]]:
     """Every attack on the view, and the stack of all these with the runs already made, `members`.
 
-    An attack that cannot be run on this view is left out, and why.
+    What cannot be stacked with the others is combined with the members alone, which know the answer: every attacker has
+    it. An attack that cannot be run on this view is left out, and why.
     """
     runs: list[Run] = []
     skipped: list[Skipped] = []
@@ -168,14 +169,34 @@ def run_suite(
             made = runner(attack, view)
         except AuditError as error:
             skipped.append(Skipped(attack.name, str(error)))
-        else:
-            runs.append(_judged(attack, view, made, attack.knows))
+            continue
+        run = _judged(attack, view, made, attack.knows)
+        if run.usable and not run.may_be_stacked:
+            run = _judged(attack, view, _with_answer(view, made, members), attack.knows)
+        runs.append(run)
     together = [run for run in (*runs, *members) if run.may_be_stacked]
     if not together:
         raise AuditError("no attack gave a reconstruction of all records whose values are all finite")
     knows = tuple(dict.fromkeys(known for run in together for known in run.knows))
     stack = Stack([run.attack for run in runs] or suite)
     return [*runs, _judged(stack, view, combine(view, [run.reconstruction for run in together]), knows)], skipped
+
+
+def _with_answer(view: View, made: Reconstruction, members: Sequence[Run]) -> Reconstruction:
+    """The reconstruction, of the first rows perhaps, combined with what is rebuilt from the answer alone."""
+    n, t = len(made.validation), len(made.target)
+    known, target = view.validation, view.target
+    rows = View(
+        view.known,
+        Pairs(known.activations[:n], known.records[:n], known.entitled[:n]),
+        Release(target.activations[:t], target.entitled[:t]),
+    )
+    alone = [
+        Reconstruction(member.reconstruction.validation[:n], member.reconstruction.target[:t], 0.0)
+        for member in members
+        if member.may_be_stacked
+    ]
+    return replace(combine(rows, [made, *alone]), seconds=made.seconds) if alone else made
 
 
 def best(runs: Sequence[Run]) -> Run:
