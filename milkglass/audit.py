@@ -24,7 +24,7 @@ from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find
 from milkglass.inference import InferenceScore, audit_attributes, audit_matching, audit_membership
 from milkglass.leakage.estimate import Estimate
 from milkglass.randomness import public_source
-from milkglass.self_test import DOORS, try_on_gaussian, try_on_trial, worst
+from milkglass.self_test import MADE_FROM_A_TRIAL, try_on_gaussian, try_on_trial
 from milkglass.transcript import MembershipTrial, MembershipView, Trial, View, check_view
 from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget, judge
 
@@ -147,14 +147,12 @@ def audit(
         check_budget(budget, measurable(trials, membership, strength))
     source = public_source(seed).derive("audit")
     curved = [a for a in from_pairs(suite) if not a.learned or strength == "thorough"] if strength != "quick" else []
-    by_trial = len(from_pairs(suite)) + len(suite) + 1
+    by_trial = len(from_pairs(suite)) + len(suite)
     guessed = sum(bool(trial.attributes) for trial in trials) + (membership is not None)
-    work = _Work(progress, kept, total=len(trials) * by_trial + len(DOORS) + 1 + len(curved) + guessed)
+    work = _Work(progress, kept, total=len(trials) * by_trial + MADE_FROM_A_TRIAL + 1 + len(curved) + guessed)
 
     findings = [find(trial, suite, source, work.runner) for trial in trials]
-    results = worst(
-        [try_on_trial(finding, suite, source, work.remember, doors=finding is findings[0]) for finding in findings]
-    )
+    results = try_on_trial(findings[0], suite, source, work.remember)
     results["gaussian"] = try_on_gaussian(suite, source, work.remember)
     curves = _curves(findings[0], curved, work)
     inferences = _inferences(findings, membership, strength, seed, work)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
 from milkglass.defenses.noise import Noise
-from milkglass.errors import HijackError, RunError
+from milkglass.errors import MilkglassError, RunError
 from milkglass.messages import Message, Responder
 from milkglass.networks import build
 from milkglass.parties import Client
@@ -130,7 +130,8 @@ def release_all(client: Client, x: Tensor) -> Tensor:
 def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, steps: int) -> Driven:
     """Train the real client from its first weights against `server`, for so many batches, defenses and guards on.
 
-    Then it releases the validation and the test records, once each.
+    Where the client stops on its own, it is as far as it came. Then it releases the validation and the test records,
+    once each.
     """
     setup = set_up(recipe, private, records=records, wrap=lambda _: LocalTransport(server))
     part = records.train[setup.client.name]
@@ -141,7 +142,7 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
             for rows in batches_of(setup, epoch)[: steps - done]:
                 setup.client.step(part.x[rows], part.y[rows])
                 done += 1
-    except HijackError as error:
+    except MilkglassError as error:  # its guard, or what it refuses: a gradient that is not finite
         stopped = str(error)
     validation, target = (release_all(setup.client, part.x) for part in (records.validation, records.test))
     return Driven(validation, target, done, stopped)

@@ -6,6 +6,7 @@ Only attacks that need nothing but pairs are run here; the others are held to th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from milkglass import controls
 from milkglass.attacks.base import Attack
@@ -19,15 +20,16 @@ from milkglass.transcript import Trial, View
 Remember = Callable[[str, View, Callable[[], float]], float]
 """(what, view, compute) -> the number, computed or brought back."""
 
-DOORS = ("identity", "identity_rotated", "faint")
+MADE_FROM_A_TRIAL: Final = 4
+"""Controls of a trial; one more, the Gaussian channel, is made of nothing."""
 
 
 def try_on_trial(
-    finding: Finding, suite: Sequence[Attack], source: Source, remember: Remember, *, doors: bool
+    finding: Finding, suite: Sequence[Attack], source: Source, remember: Remember
 ) -> dict[str, ControlResult]:
     """The controls made from a trial. They share its records and entitled values, so its baseline too.
 
-    doors: also the open ones; they depend on the records and pairs, hardly on the exposure, so one trial is enough.
+    They try the attacks, and depend on records and pairs, hardly on the exposure: one trial of an audit is enough.
     """
     trial, exposure, attacks = finding.trial, finding.exposure, from_pairs(suite)
     error_entitled = finding.errors_entitled_T.mean().item()
@@ -55,13 +57,14 @@ def try_on_trial(
         return peek_of(best(with_finite_errors(runs, closed)))
 
     value = remember(f"{exposure}, independent control {attacks!r} {error_entitled}", closed.view, leak_of_others)
-    found = {"independent": ControlResult(value, controls.INDEPENDENT_AT_MOST, value <= controls.INDEPENDENT_AT_MOST)}
-    if doors:
-        found["identity"] = door("identity", controls.identity(trial))
-        rotated = controls.identity_rotated(trial, source.generator("rotation", exposure))
-        found["identity_rotated"] = door("rotated identity", rotated)
-        found["faint"] = door("faint", controls.faint(trial, source.generator("faint", exposure)))
-    return found
+    return {
+        "identity": door("identity", controls.identity(trial)),
+        "identity_rotated": door(
+            "rotated identity", controls.identity_rotated(trial, source.generator("rotation", exposure))
+        ),
+        "faint": door("faint", controls.faint(trial, source.generator("faint", exposure))),
+        "independent": ControlResult(value, controls.INDEPENDENT_AT_MOST, value <= controls.INDEPENDENT_AT_MOST),
+    }
 
 
 def try_on_gaussian(suite: Sequence[Attack], source: Source, remember: Remember) -> ControlResult:
@@ -78,13 +81,3 @@ def try_on_gaussian(suite: Sequence[Attack], source: Source, remember: Remember)
 
     value = remember(f"gaussian control {attacks!r}", trial.view, lambda: until(attacks, trial.view, ratio_of, is_near))
     return ControlResult(value, 1 + controls.GAUSSIAN_WITHIN, is_near(value))
-
-
-def worst(by_trial: Sequence[dict[str, ControlResult]]) -> dict[str, ControlResult]:
-    """Of each control the result furthest on the wrong side."""
-    found: dict[str, ControlResult] = {}
-    for name in (*DOORS, "independent"):
-        results = [each[name] for each in by_trial if name in each]
-        pick = max if name == "independent" else min
-        found[name] = pick(results, key=lambda result: result.value)
-    return found

@@ -133,6 +133,7 @@ def train_correction(
     steps: int,
     generator: torch.Generator,
     tick: Tick,
+    patience: int = PATIENCE,
 ) -> nn.Module:
     """Adam with a warm-up and a cosine decay; returns the network of the best check, the first one included."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
@@ -158,7 +159,7 @@ def train_correction(
             best, best_error, worse = copy.deepcopy(network), here, 0
         else:
             worse += 1
-            if worse == PATIENCE:
+            if worse == patience:
                 break
     return min((first, best), key=lambda each: correction_error(each, view, validation))
 

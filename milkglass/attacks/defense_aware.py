@@ -6,7 +6,7 @@ picture.
 After He, Zhang and Lee (ACSAC 2019), whose attacker may query the client; that an attack has to know the defense
 comes from Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security" (ICML 2018). As in
 `decoder.py`, a network corrects the ridge image. What differs: no batch is seen twice. Each is a fresh release of its
-records, so that noise is averaged out and not learned by heart, and pictures are moved about first, half of them: new
+records, so that noise is averaged out and not learned by heart (training then never stops early), and pictures are moved about first, half of them: new
 pairs at no cost, even where nothing is random. Where the view shows each record several times, a batch does too: their
 mean is what a fit sees, their spread is shown beside it.
 
@@ -99,7 +99,7 @@ class DefenseAware(Attack):
 
             generator = source.generator("batches", moves, steps)
             draw = releases.draw(moves)
-            return train_correction(network, view, draw, validation, steps, generator, follow)
+            return train_correction(network, view, draw, validation, steps, generator, follow, patience=steps)
 
         tried = [
             (run(copy.deepcopy(untrained), moves, trial, trial * index), moves)

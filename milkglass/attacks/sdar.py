@@ -42,7 +42,7 @@ from milkglass.errors import AuditError, MissingKnowledgeError
 from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.messages import Message
 from milkglass.randomness import drawing_from, public_source
-from milkglass.transcript import HonestServer, View
+from milkglass.transcript import HonestServer, Known, View
 
 BATCH: Final = 64
 LABEL_WIDTH: Final = 50
@@ -63,7 +63,7 @@ class Sdar(Attack):
     # and -0.4 after 2,000 on digits were seen). Where every value keeps its place it reads them: see its tests.
 
     name: ClassVar[str] = "sdar"
-    knows: ClassVar = ("records", "labels", "architecture", "training")
+    knows: ClassVar[tuple[Known, ...]] = ("records", "labels", "architecture", "training")
     paper: ClassVar[str] = "Zhu et al., NDSS 2025, arXiv 2310.10483"
     learned: ClassVar[bool] = True
     open_door: ClassVar[float] = float("-inf")

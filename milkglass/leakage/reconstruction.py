@@ -18,6 +18,7 @@ from milkglass.leakage.estimate import Estimate
 RESAMPLES: Final = 2000
 MATCH_AMONG: Final = 1000
 BEST_PSNR_DB: Final = 120.0
+_PIXELS_AT_ONCE: Final = 300_000
 _RESAMPLES_AT_ONCE: Final = 4_000_000  # numbers drawn at a time
 
 
@@ -82,11 +83,15 @@ def ssim_each(reconstructions: Tensor, records: Tensor) -> Tensor:
     others leave out a margin.
     """
     sigma = 1.5 if min(records.shape[2:]) >= 16 else 0.8
-    values_N = structural_similarity_index_measure(
-        reconstructions.to(torch.float64), records.to(torch.float64), sigma=sigma, data_range=1.0, reduction="none"
-    )
-    assert isinstance(values_N, Tensor)
-    return values_N.reshape(len(records))
+    step = max(1, _PIXELS_AT_ONCE // records[0].numel())  # all at once took gigabytes for 2,000 colored pictures
+    parts = []
+    for guess, truth in zip(torch.split(reconstructions, step), torch.split(records, step), strict=True):
+        part_N = structural_similarity_index_measure(
+            guess.to(torch.float64), truth.to(torch.float64), sigma=sigma, data_range=1.0, reduction="none"
+        )
+        assert isinstance(part_N, Tensor)
+        parts.append(part_N.reshape(len(truth)))
+    return torch.cat(parts)
 
 
 def mean_interval(values_T: Tensor, generator: torch.Generator, resamples: int = RESAMPLES) -> Estimate:
