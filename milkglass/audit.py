@@ -5,9 +5,8 @@ Pure: it runs attacks on views and talks to nobody. An attack is handed the view
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Protocol, final
@@ -20,12 +19,12 @@ from milkglass.attacks.stack import Stack
 from milkglass.attacks.suite import Runner, Strength, attacks_of, best, from_pairs, membership_attacks
 from milkglass.controls import ControlResult
 from milkglass.errors import AuditError
-from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find
+from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find, worse
 from milkglass.inference import InferenceScore, audit_attributes, audit_matching, audit_membership
 from milkglass.leakage.estimate import Estimate
 from milkglass.randomness import public_source
 from milkglass.self_test import MADE_FROM_A_TRIAL, try_on_gaussian, try_on_trial
-from milkglass.transcript import MembershipTrial, MembershipView, Trial, View, check_view
+from milkglass.transcript import MembershipTrial, Trial, View, check_view
 from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget, judge
 
 MINIMUM_TARGETS: Final = 8
@@ -52,11 +51,20 @@ class Keeps(Protocol):
     def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:
         """Keep it."""
 
-    def json(self, view: View | MembershipView, what: str) -> Any:
+    def json(self, view: View | Trial | MembershipTrial, what: str) -> Any:
         """What was found on this view, if that is kept."""
 
-    def keep_json(self, view: View | MembershipView, what: str, content: Any) -> None:
+    def keep_json(self, view: View | Trial | MembershipTrial, what: str, content: Any) -> None:
         """Keep it."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """An attack that was left out on one exposure, and why."""
+
+    attack: str
+    exposure: str
+    why: str
 
 
 @final
@@ -80,7 +88,7 @@ class Audit:
     attacks: tuple[AttackScore, ...]
     inferences: tuple[InferenceScore, ...]
     curves: tuple[Curve, ...]
-    skipped: Mapping[str, str]
+    skipped: tuple[Left, ...]
     notes: tuple[str, ...]
     pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -105,7 +113,7 @@ class Audit:
             "attacks": [score.to_dict() for score in self.attacks],
             "inferences": [score.to_dict() for score in self.inferences],
             "curves": [asdict(curve) for curve in self.curves],
-            "skipped": [{"attack": name, "why": why} for name, why in self.skipped.items()],
+            "skipped": [asdict(left) for left in self.skipped],
             "notes": list(self.notes),
         }
 
@@ -140,16 +148,20 @@ def audit(
     kept: where results are kept, so that an interrupted audit goes on. notes: what else a reader has to know. Raises
     AuditError for a trial that no attack can be judged on. See docs/concepts.md for the words.
     """
+    if isinstance(trials, View):
+        raise AuditError(
+            "a view alone cannot be scored; expected Trial(view, truth), with the records behind its target"
+        )
     trials = [trials] if isinstance(trials, Trial) else list(trials)
     suite = tuple(attacks) if attacks is not None else attacks_of(strength, seed)
     _check(trials, suite)
     if budget is not None:
         check_budget(budget, measurable(trials, membership, strength))
     source = public_source(seed).derive("audit")
-    curved = [a for a in from_pairs(suite) if not a.learned or strength == "thorough"] if strength != "quick" else []
+    curved = _curved(suite, strength)
     by_trial = len(from_pairs(suite)) + len(suite)
-    guessed = sum(bool(trial.attributes) for trial in trials) + (membership is not None)
-    work = _Work(progress, kept, total=len(trials) * by_trial + MADE_FROM_A_TRIAL + 1 + len(curved) + guessed)
+    guessed = sum(len(trial.attributes) for trial in trials) + (membership is not None)
+    work = _Work(progress, kept, seed, total=len(trials) * by_trial + MADE_FROM_A_TRIAL + 1 + len(curved) + guessed)
 
     findings = [find(trial, suite, source, work.runner) for trial in trials]
     results = try_on_trial(findings[0], suite, source, work.remember)
@@ -159,7 +171,7 @@ def audit(
     work.close()
 
     measures = _worst_measures(findings, inferences)
-    shown = max(findings, key=lambda finding: _order(finding.measures["peek"]))
+    shown = max(findings, key=lambda finding: worse(finding.peek))
     return Audit(
         measures=MappingProxyType(measures),
         exposures=MappingProxyType({finding.exposure: finding.measures["peek"] for finding in findings}),
@@ -170,15 +182,15 @@ def audit(
         ),
         budget=budget,
         strength=strength,
-        best_attack=shown.best.name,
+        best_attack=shown.best_attack,
         error_entitled=shown.errors_entitled_T.mean().item(),
         controls=MappingProxyType(results),
         certificate=certificate,
         attacks=tuple(score for finding in findings for score in finding.scores),
         inferences=tuple(inferences),
         curves=tuple(curves),
-        skipped=MappingProxyType(_skipped(findings)),
-        notes=(*notes, *_notes(findings, results)),
+        skipped=(*_skipped(findings), *work.left),
+        notes=(*notes, *_notes(findings, results), *_unmeasured(measures, budget)),
         pictures=_pictures(shown),
     )
 
@@ -187,8 +199,10 @@ def audit(
 class _Work:
     """Counts pieces of work for a progress bar, and runs each attack only if its result is not kept already."""
 
-    def __init__(self, progress: Progress | None, kept: Keeps | None, total: int) -> None:
+    def __init__(self, progress: Progress | None, kept: Keeps | None, seed: int, total: int) -> None:
         self._progress, self._kept, self._done, self._total = progress, kept, 0, total
+        self._seed = seed
+        self.left: list[Left] = []
 
     def now(self, what: str) -> None:
         """Say what comes now; it is one piece of work."""
@@ -233,21 +247,36 @@ class _Work:
         return value
 
     def rows(
-        self, what: str, view: View | MembershipView, compute: Callable[[], Sequence[InferenceScore]]
+        self, what: str, exposure: str, trial: Trial | MembershipTrial, compute: Callable[[], Sequence[InferenceScore]]
     ) -> Sequence[InferenceScore]:
-        """Scored rows, computed or brought back."""
-        kept = None if self._kept is None else self._kept.json(view, what)
+        """Scored rows, computed or brought back; none where it cannot be done, and why is remembered."""
+        kept = None if self._kept is None else self._kept.json(trial, f"{what}, seed {self._seed}")
         if isinstance(kept, list):
             return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept]
-        made = compute()
-        if self._kept is not None:
-            self._kept.keep_json(view, what, [row.to_dict() for row in made])
+        try:
+            made = compute()
+        except AuditError as error:
+            self.leave_out(what, str(error), exposure)
+            return []
+        if self._kept is not None and made:
+            self._kept.keep_json(trial, f"{what}, seed {self._seed}", [row.to_dict() for row in made])
         return made
+
+    def leave_out(self, attack: str, why: str, exposure: str = "fresh") -> None:
+        """Remember that an attack was left out, and why."""
+        self.left.append(Left(attack, exposure, why))
 
     def close(self) -> None:
         """Say that all is done."""
         if self._progress is not None:
             self._progress.piece(self._total, self._total, "done")
+
+
+def _curved(suite: Sequence[Attack], strength: Strength) -> list[Attack]:
+    """Those whose error is drawn against the number of pairs: the quick ones by default, all when thorough."""
+    if strength == "quick":
+        return []
+    return [a for a in from_pairs(suite) if "pairs" in a.knows and (not a.learned or strength == "thorough")]
 
 
 def _curves(finding: Finding, attacks: Sequence[Attack], work: _Work) -> list[Curve]:
@@ -264,24 +293,23 @@ def _inferences(
     """What was guessed of the records: their sensitive columns on every exposure, and who was trained on."""
     rows: list[InferenceScore] = []
     for finding in findings:
-        trial = finding.trial
-        if trial.attributes:
-            work.now(f"{finding.exposure}: attributes")
-            rows += work.rows("attributes", trial.view, partial(audit_attributes, trial, seed, work.tick))
+        trial, exposure = finding.trial, finding.exposure
+        for name, values in trial.attributes.items():
+            work.now(f"{exposure}: attribute {name}")
+            alone = replace(trial, attributes={name: values})
+            rows += work.rows(f"attribute {name}", exposure, alone, partial(audit_attributes, alone, seed, work.tick))
         if strength != "quick":
-            rows += work.rows("matching", trial.view, partial(audit_matching, trial, seed, work.tick))
+            rows += work.rows("matching game", exposure, trial, partial(audit_matching, trial, seed, work.tick))
     if membership is not None:
         work.now("membership")
-        attacks = membership_attacks(strength, seed)
-        what = f"membership {attacks!r}"
-        rows += work.rows(what, membership.view, partial(audit_membership, membership, attacks, seed, work.tick))
+        for attack in membership_attacks(strength, seed):
+            compute = partial(audit_membership, membership, [attack], seed, work.tick, work.leave_out)
+            rows += work.rows(repr(attack), "fresh", membership, compute)
     return rows
 
 
-def _skipped(findings: Sequence[Finding]) -> dict[str, str]:
-    """Attacks that were run on no exposure at all, and why."""
-    ran = {run.name for finding in findings for run in finding.runs}
-    return {skip.attack: skip.why for finding in findings for skip in finding.skipped if skip.attack not in ran}
+def _skipped(findings: Sequence[Finding]) -> list[Left]:
+    return [Left(skip.attack, finding.exposure, skip.why) for finding in findings for skip in finding.skipped]
 
 
 def _worst_measures(findings: Sequence[Finding], inferences: Sequence[InferenceScore]) -> dict[str, Estimate]:
@@ -294,14 +322,9 @@ def _worst_measures(findings: Sequence[Finding], inferences: Sequence[InferenceS
         if row.details.get("chosen", 1.0)  # of the ways to guess an attribute, the one chosen on validation records
     ]
     for name, interval in rows:
-        if name not in found or _order(interval) > _order(found[name]):
+        if name not in found or worse(interval) > worse(found[name]):
             found[name] = interval
     return found
-
-
-def _order(interval: Estimate) -> float:
-    """What is not a number comes last: the worst."""
-    return interval.high if interval.is_finite else math.inf
 
 
 def _check(trials: Sequence[Trial], suite: Sequence[Attack]) -> None:
@@ -332,6 +355,15 @@ def _pictures(finding: Finding) -> dict[str, Tensor]:
     rebuilt = {run.name: run.reconstruction.target[:PICTURES] for run in finding.runs if run.usable}
     entitled = best(finding.entitled).reconstruction.target[:PICTURES]
     return {"records": finding.trial.truth[:PICTURES], "entitled": entitled, **rebuilt}
+
+
+def _unmeasured(measures: Mapping[str, Estimate], budget: Mapping[str, float] | None) -> list[str]:
+    return [
+        f"{name} is in the budget and could not be measured, so there is no verdict; for tpr@1% it takes 99 records of "
+        "the attacker's own, for tpr@0.1% 10,000"
+        for name in budget or ()
+        if name not in measures
+    ]
 
 
 def _notes(findings: Sequence[Finding], results: Mapping[str, ControlResult]) -> list[str]:

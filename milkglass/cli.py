@@ -141,8 +141,8 @@ def audit(
     subject = run or activations
     for note in found.notes:
         print(f"{subject}: {note}")
-    for attack, why in found.skipped.items():
-        print(f"{subject}: left out: {attack}: {why}")
+    for left in found.skipped:
+        print(f"{subject}: left out on {left.exposure} records: {left.why}")
     for name, measure in found.measures.items():
         if name != "peek":
             print(f"{subject}: {name} {measure.value:.3f}, 95 % interval {measure.low:.3f} to {measure.high:.3f}")
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(f"milkglass: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _say("milkglass: stopped; go on with --resume")
+        _say("milkglass: stopped; nothing finished is lost: run it again (train: with --resume), and it goes on")
         sys.exit(130)
 
 

@@ -17,7 +17,16 @@ from milkglass.attacks.base import Attack
 from milkglass.attacks.curves import pair_counts, subview
 from milkglass.attacks.features import answer_alone
 from milkglass.attacks.ridge import Ridge
-from milkglass.attacks.suite import Run, Runner, Skipped, best, from_pairs, run_attack, run_suite
+from milkglass.attacks.suite import (
+    Run,
+    Runner,
+    Skipped,
+    best,
+    best_of_the_first_rows,
+    from_pairs,
+    run_attack,
+    run_suite,
+)
 from milkglass.errors import AuditError
 from milkglass.leakage.classification import clopper_pearson
 from milkglass.leakage.estimate import Estimate
@@ -96,15 +105,12 @@ class Finding:
         """Which exposure it is."""
         return self.trial.view.exposure
 
-    @property
-    def best(self) -> Run:
-        """The attack chosen on validation records."""
-        return best(self.runs)
+    best_attack: str
 
     @property
     def peek(self) -> Estimate:
-        """Of the best attack."""
-        return next(score.peek for score in self.scores if score.name == self.best.name)
+        """Of the attack chosen on validation records."""
+        return self.measures["peek"]
 
     @property
     def left_out(self) -> list[str]:
@@ -153,7 +159,8 @@ def find(trial: Trial, suite: Sequence[Attack], source: Source, runner: Callable
     view, exposure = trial.view, trial.view.exposure
     entitled, _ = run_suite(answer_alone(view), from_pairs(suite), runner(f"{exposure}, from the answer alone"))
     entitled = [run for run in with_finite_errors(entitled, trial) if run.complete]  # a baseline for every record
-    runs, skipped = run_suite(view, suite, runner(exposure), members=entitled)
+    once = [attack for attack in suite if exposure == "fresh" or "training" not in attack.knows]  # a training is one
+    runs, skipped = run_suite(view, once, runner(exposure), members=entitled)
     runs = with_finite_errors(runs, trial)
     errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)
     ridge_errors_N = next((run.errors_n for run in runs if isinstance(run.attack, Ridge)), None)
@@ -162,8 +169,18 @@ def find(trial: Trial, suite: Sequence[Attack], source: Source, runner: Callable
         for run in runs
         if run.usable
     ]
-    measures = _measures(best(runs), trial, scores, source.generator("bootstrap of measures", exposure))
-    return Finding(trial, entitled, runs, skipped, errors_entitled_T, scores, measures)
+    first = best_of_the_first_rows(runs, ENOUGH_TARGETS)
+    chosen = [best(runs)] if first is None else [best(runs), first]
+    draws = source.generator("bootstrap of measures", exposure)
+    by_run = {run.name: _measures(run, trial, scores, draws) for run in chosen}
+    measures = {name: max((each[name] for each in by_run.values()), key=worse) for name in by_run[best(runs).name]}
+    leader = max(by_run, key=lambda name: worse(by_run[name]["peek"]))
+    return Finding(trial, entitled, runs, skipped, errors_entitled_T, scores, measures, leader)
+
+
+def worse(measure: Estimate) -> float:
+    """What measures are ordered by: the upper end; what is not a number is worst."""
+    return measure.high if measure.is_finite else math.inf
 
 
 def _score(

@@ -2,7 +2,7 @@
 
 An audit that was interrupted goes on at the next attack, and a second one with another budget attacks nothing anew. A
 key covers every tensor of the view, what the attacker knows beyond (its fingerprint), the attack's `repr`, and the
-source of the attacks: an edited attack is run again. What is kept are rebuilt records: private, as the run folder is.
+source of milkglass: an edited attack is run again. What is kept are rebuilt records: private, as the run folder is.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from dataclasses import is_dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import milkglass.attacks
-import milkglass.leakage
 from milkglass.attacks.base import Method, Reconstruction
 from milkglass.runs import tensors_as_bytes, write_beside
-from milkglass.transcript import Knowledge, MembershipView, View
+from milkglass.transcript import Knowledge, MembershipTrial, Trial, View
 
-_SOURCES: Final = (milkglass.attacks, milkglass.leakage)
-AnyView = View | MembershipView
+AnyView = View | Trial | MembershipTrial
 
 
 @final
@@ -92,9 +89,9 @@ def _add(update: Callable[[bytes | memoryview], None], value: object) -> None:
 
 @cache
 def _code() -> str:
+    """The versions, and the source of all that a result may come from."""
     content = hashlib.sha256(f"{metadata.version('milkglass')} {torch.__version__}".encode())
-    for package in _SOURCES:
-        for path in sorted(Path(folder) for folder in package.__path__):
-            for file in sorted(path.glob("*.py")):
-                content.update(file.read_bytes())
+    package = Path(__file__).parent
+    for file in sorted([*package.glob("*.py"), *package.glob("attacks/*.py"), *package.glob("leakage/*.py")]):
+        content.update(file.read_bytes())
     return content.hexdigest()

@@ -26,6 +26,7 @@ VALIDATION_SHARE: Final = 0.1
 MOST_TARGETS: Final = 2000
 FEWEST_ROWS: Final = 100
 MOST_CHANNELS: Final = 4
+LARGEST: Final = 1e30
 NAMES: Final = ("activations.npy", "records.npy", "entitled.npy")
 
 
@@ -60,8 +61,6 @@ def trial_from(
             )
     if len(activations) < FEWEST_ROWS:
         raise DataError(f"{where[0]}: {len(activations)} rows are too few to audit; expected at least {FEWEST_ROWS}")
-    if (activations == activations[:1]).all():
-        raise DataError(f"{where[0]}: every row is the same; expected activations that depend on the record")
     if (records == records[:1]).all():
         raise DataError(f"{where[1]}: every row is the same; expected different records")
 
@@ -69,7 +68,9 @@ def trial_from(
     targets, validation = round(TARGET_SHARE * len(order_N)), round(VALIDATION_SHARE * len(order_N))
     target_T, validation_N, known_N = torch.split(order_N, [targets, validation, len(order_N) - targets - validation])
     target_T = target_T[:MOST_TARGETS]
-    z = torch.from_numpy(np.ascontiguousarray(activations, dtype=np.float32))
+    z = _centered(activations, known_N)
+    if bool((z == z[:1]).all()):
+        raise DataError(f"{where[0]}: every row is the same; expected activations that depend on the record")
     x = _records(records, known_N)
     e = _entitled(entitled, len(z))
 
@@ -102,6 +103,16 @@ def _check(array: Array, where: str) -> None:
         bad = np.argwhere(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
         if len(bad):
             raise DataError(f"{where}: row {bad[0][0]} holds NaN or infinity; expected finite numbers")
+        largest = float(np.abs(array).max())
+        if largest > LARGEST:
+            raise DataError(f"{where}: values up to {largest:.3g}; expected at most {LARGEST:g}")
+
+
+def _centered(activations: Array, known_N: Tensor) -> Tensor:
+    """In float32, around the known rows' mean: what all have in common would cost the digits that tell them apart."""
+    z = torch.from_numpy(np.ascontiguousarray(activations, dtype=np.float64))
+    z = z - z[known_N].mean(0)
+    return (z / (z.abs().max().item() or 1.0)).float()
 
 
 def _records(records: Array, known_N: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def _membership(setup: Setup, knowledge: Knowledge) -> MembershipTrial:
     outside_y = torch.cat([records.auxiliary.y, records.validation.y])
     candidates = Release(release_all(client, x), torch.zeros(len(x), 0), y)
     outsiders = Pairs(release_all(client, outside_x), outside_x, torch.zeros(len(outside_x), 0), outside_y)
-    return MembershipTrial(MembershipView(candidates, outsiders, knowledge), torch.arange(len(x)) < count)
+    return MembershipTrial(MembershipView(candidates, outsiders, knowledge, x), torch.arange(len(x)) < count)
 
 
 def _trained_on(
@@ -245,7 +245,7 @@ def _trained_on(
 ) -> tuple[Trial, str]:
     """The training once more, and what the server saw of the private records in several of its epochs, side by side.
 
-    The attacker's pairs of an epoch are released at its end; the targets' crossed during it.
+    The attacker's pairs of an epoch are released one by one while it lasts, as the targets cross one by one.
     """
     recipe, name = run.recipe, run.recipe.parties.clients[0]
     setup = set_up(recipe, _first_key(run), records=records)
@@ -259,20 +259,26 @@ def _trained_on(
     transport = LocalTransport(watch)
     setup.client.transport = transport
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    owned = (records.auxiliary, records.validation)
+    draws = public_source(recipe.seed).derive("audit").generator("moments")
+    moments_of = [torch.randperm(len(own), generator=draws) for own in owned]
     for epoch in range(1, epochs + 1):
-        seen = (
-            release_all(setup.client, part.x[:count]) if epoch in chosen else None
-        )  # those a dropped batch leaves out
         batches = batches_of(setup, epoch)
-        for step, rows in enumerate(batches, start=1):
+        taken = epoch in chosen
+        # to begin with, all under the epoch's first weights: a dropped batch leaves some of the targets out
+        seen = [release_all(setup.client, x) for x in (*(own.x for own in owned), part.x[:count])] if taken else []
+        for step, rows in enumerate(batches):
+            for sent, own, moments in zip(seen, owned, moments_of, strict=False):
+                now = (moments % len(batches) == step).nonzero()[:, 0]
+                if len(now):
+                    sent[now] = release_all(setup.client, own.x[now])
             result = setup.client.step(part.x[rows], part.y[rows])
-            progress.batch(epoch, step, len(batches), result)
-            if seen is not None:
+            progress.batch(epoch, step + 1, len(batches), result)
+            if taken:
                 wanted = rows < count
-                seen[rows[wanted]] = watch.last[wanted]
-        if seen is not None:
-            own = [release_all(setup.client, pairs.x) for pairs in (records.auxiliary, records.validation)]
-            columns.append((own[0], own[1], seen))
+                seen[-1][rows[wanted]] = watch.last[wanted]
+        if taken:
+            columns.append((seen[0], seen[1], seen[2]))
     known, validation, target = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
     targets = part.take(torch.arange(count))
 

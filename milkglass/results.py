@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -142,6 +142,14 @@ class AttackCurve(_File):
     peek: tuple[float, ...]
 
 
+class Skipped(_File):
+    """An attack that was left out, and why."""
+
+    attack: str
+    exposure: str = ""
+    why: str
+
+
 class AuditFigures(_File):
     """`audit.json`. Peek: 1 = the raw record, 0 = nothing beyond the answer. `budget`: the most of a measure."""
 
@@ -154,7 +162,7 @@ class AuditFigures(_File):
     attacks: tuple[AttackFigures, ...]
     inferences: tuple[Inference, ...] = ()
     curves: tuple[AttackCurve, ...] = ()
-    skipped: tuple[dict[Literal["attack", "why"], str], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     best_attack: str
     reference_accuracy: float | None = None
     strength: str | None = None

@@ -16,7 +16,7 @@ from milkglass.attacks.features import as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge, fit_ridge
-from milkglass.audit import Audit, audit
+from milkglass.audit import Audit, Left, audit
 from milkglass.errors import AuditError
 from milkglass.transcript import Pairs, Release, Trial, View
 
@@ -363,7 +363,6 @@ def test_bad_trials_and_suites_are_refused() -> None:
         audit([trial], attacks=[Returns(0.0, 3)])
 
 
-@final
 class FirstFew(Attack):
     """Knows the first records as they are; a far worse guess of the rest is never asked for."""
 
@@ -396,6 +395,46 @@ def test_an_attack_on_the_first_records_alone_is_compared_on_these() -> None:
     assert stack.peek.value < 0.1  # it holds only what speaks of every record
 
 
+def test_a_lucky_attack_on_few_records_never_stands_in_for_a_strong_one_on_all() -> None:
+    """It does best on validation records, and badly on the target: the strong one still counts."""
+
+    class Lucky(FirstFew):
+        name: ClassVar[str] = "lucky"
+
+    trial = trial_of(half_open())
+    known = replace(trial.view.known, labels=torch.zeros(300, dtype=torch.int64))
+    target = replace(trial.view.target, labels=torch.zeros(200, dtype=torch.int64))
+    trial = Trial(replace(trial.view, known=known, target=target), trial.truth)
+    wrong = Lucky(trial.truth.flip(0), 40)
+    found = audit(trial, attacks=[*QUICK[:2], wrong], strength="quick", budget={"peek": 0.3})
+    plain = audit(trial, attacks=QUICK[:2], strength="quick", budget={"peek": 0.3})
+    assert found.verdict == plain.verdict == "over budget"
+    assert found.peek.high >= plain.peek.high - 0.01
+    assert found.best_attack == plain.best_attack
+
+
+def test_an_attribute_that_cannot_be_guessed_leaves_the_rest_standing() -> None:
+    trial = trial_of(half_open())
+    one = torch.zeros(COUNT, dtype=torch.int64)
+    view = replace(
+        trial.view,
+        known=replace(trial.view.known, attributes={"rare": one[:300]}),
+        validation=replace(trial.view.validation, attributes={"rare": one[300:400]}),
+    )
+    trial = Trial(view, trial.truth, attributes={"rare": one[400:]})
+    found = audit(trial, attacks=QUICK[:2], strength="quick", budget={"attribute.rare": 0.5, "peek": 1.0})
+    assert found.verdict == "inconclusive"
+    assert [left.attack for left in found.skipped] == ["attribute rare"]
+    assert any("attribute.rare is in the budget and could not be measured" in note for note in found.notes)
+
+
+def test_a_bare_view_and_an_unknown_strength_are_refused() -> None:
+    with pytest.raises(AuditError, match=r"expected Trial\(view, truth\)"):
+        audit(trial_of(half_open()).view)  # type: ignore[arg-type]
+    with pytest.raises(AuditError, match="did you mean 'quick'"):
+        audit(trial_of(half_open()), strength="quik")  # type: ignore[arg-type]
+
+
 @final
 class Astounded(Attack):
     """Cannot be run here, and would be stronger than all others."""
@@ -410,10 +449,11 @@ class Astounded(Attack):
 
 def test_an_attack_that_must_know_more_is_left_out_by_name_and_the_rest_goes_on(half: Audit) -> None:
     found = audit(trial_of(half_open()), attacks=[*QUICK[:2], Astounded()], strength="quick")
-    assert found.skipped == {"astounded": "attack 'astounded' needs client weights; the view has none"}
+    (left,) = found.skipped
+    assert left == Left("astounded", "fresh", "attack 'astounded' needs client weights; the view has none")
     assert [score.name for score in found.attacks] == ["mean record", "ridge", "stack"]
-    assert found.to_dict()["skipped"] == [{"attack": "astounded", "why": found.skipped["astounded"]}]
-    assert half.skipped == {}
+    assert found.to_dict()["skipped"] == [{"attack": "astounded", "exposure": "fresh", "why": left.why}]
+    assert half.skipped == ()
 
 
 def test_a_budget_on_what_cannot_be_measured_is_refused_before_any_attack() -> None:

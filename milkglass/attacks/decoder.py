@@ -58,7 +58,7 @@ class Decoder(Attack):
             raise AuditError(f"decoder: steps = {steps}, width = {width}; expected at least 1 of each")
         self._steps, self._width, self._seed = steps, width, seed
         if width != WIDTH:  # a suite may hold several, under different names; vars: the class's own name is not touched
-            vars(self)["name"] = f"{Decoder.name}, width {width}"
+            vars(self)["name"] = f"{Decoder.name} of width {width}"
 
     def __repr__(self) -> str:
         return f"Decoder(steps={self._steps}, width={self._width}, seed={self._seed})"

@@ -6,9 +6,9 @@ picture.
 After He, Zhang and Lee (ACSAC 2019), whose attacker may query the client; that an attack has to know the defense
 comes from Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security" (ICML 2018). As in
 `decoder.py`, a network corrects the ridge image. What differs: no batch is seen twice. Each is a fresh release of its
-records, so that noise is averaged out and not learned by heart (training then never stops early), and pictures are moved about first, half of them: new
-pairs at no cost, even where nothing is random. Where the view shows each record several times, a batch does too: their
-mean is what a fit sees, their spread is shown beside it.
+records, so that noise is averaged out and not learned by heart, and half of its pictures may be moved about first: new
+pairs at no cost, even where nothing is random. So training never stops early. Where the view shows each record several
+times, a batch does too: their mean is what a fit sees, their spread is shown beside it.
 
 The ridge image of a known record is always by the fit without that record, so it is as blurred as that of a new one.
 """
@@ -67,7 +67,7 @@ class DefenseAware(Attack):
             raise AuditError(f"defense-aware decoder: steps = {steps}, width = {width}; expected at least 1 of each")
         self._steps, self._width, self._seed = steps, width, seed
         if width != WIDTH:  # a suite may hold several, under different names; vars: the class's own name is not touched
-            vars(self)["name"] = f"{DefenseAware.name}, width {width}"
+            vars(self)["name"] = f"{DefenseAware.name} of width {width}"
 
     def __repr__(self) -> str:
         return f"DefenseAware(steps={self._steps}, width={self._width}, seed={self._seed})"

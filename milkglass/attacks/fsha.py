@@ -46,7 +46,7 @@ BATCH: Final = 64
 HEAD_RATE: Final = 2e-3
 CRITIC_RATE: Final = 1e-3
 R1_EVERY: Final = 4
-"""The critic's gradient is penalized every so many batches, so many times as hard (Karras et al. 2020, arXiv 1912.04958)."""
+"""The critic's gradient is penalized every so many batches, so many times as hard (Karras et al., arXiv 1912.04958)."""
 PLACE_MAPS: Final = 4
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from milkglass.leakage.reconstruction import squared_errors
 from milkglass.transcript import Known, Pairs, Release, View
 
 Strength = Literal["quick", "default", "thorough"]
+STRENGTHS: Final = get_args(Strength)
 Runner = Callable[[Attack, View], Reconstruction]
 """Runs an attack on a view, or brings back what it gave before."""
 
@@ -47,6 +48,8 @@ def attacks_of(strength: Strength, seed: int = 0) -> tuple[Attack, ...]:
     quick: under a minute on digits, pairs alone. default: an honest but curious server that has pairs, fresh releases
     of its own records, and the client's weights. thorough: everything there is, a malicious server too.
     """
+    if strength not in STRENGTHS:
+        raise AuditError(f"strength {strength!r} is not known; {nearest(strength, STRENGTHS)}")
     from_pairs_alone: tuple[Attack, ...] = (MeanRecord(), NearestNeighbor(), Ridge(), KernelRidge())
     if strength == "quick":
         return (*from_pairs_alone, Decoder(steps=200, seed=seed))
@@ -176,14 +179,19 @@ def run_suite(
             continue
         run = _judged(attack, view, made, attack.knows)
         if run.usable and not run.may_be_stacked:
-            run = _judged(attack, view, _with_answer(view, made, members), attack.knows)
+            # weights come from validation pairs, so that is known as well
+            run = _judged(attack, view, _with_answer(view, made, members), _union(attack.knows, ("pairs",)))
         runs.append(run)
     together = [run for run in (*runs, *members) if run.may_be_stacked]
     if not together:
         raise AuditError("no attack gave a reconstruction of all records whose values are all finite")
-    knows = tuple(dict.fromkeys(known for run in together for known in run.knows))
+    knows = _union(*(run.knows for run in together))
     stack = Stack([run.attack for run in runs] or suite)
     return [*runs, _judged(stack, view, combine(view, [run.reconstruction for run in together]), knows)], skipped
+
+
+def _union(*parts: tuple[Known, ...]) -> tuple[Known, ...]:
+    return tuple(dict.fromkeys(known for part in parts for known in part))
 
 
 def _with_answer(view: View, made: Reconstruction, members: Sequence[Run]) -> Reconstruction:
@@ -204,17 +212,23 @@ def _with_answer(view: View, made: Reconstruction, members: Sequence[Run]) -> Re
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run with the least error on validation records; the earlier one of two alike.
+    """The complete run with the least error on validation records; the earlier one of two alike."""
+    return min([run for run in runs if run.complete] or runs, key=lambda run: run.validation_error)
 
-    One that rebuilt only the first n records is compared on these.
+
+def best_of_the_first_rows(runs: Sequence[Run], fewest_targets: int) -> Run | None:
+    """Of those that rebuilt only the first rows, and enough of them, the best; None if no one beats the best on these.
+
+    What they rebuilt is judged beside the best complete run, never instead of it: a few lucky rows prove little.
     """
-    complete = [run for run in runs if run.complete]
-    champion = min(complete or runs, key=lambda run: run.validation_error)
-    for run in runs:
-        rows = min(len(run.errors_n), len(champion.errors_n))
-        if run.errors_n[:rows].mean() < champion.errors_n[:rows].mean():
-            champion = run
-    return champion
+    complete = best(runs)
+    partial = [run for run in runs if not run.complete and len(run.reconstruction.target) >= fewest_targets]
+
+    def against_complete(run: Run) -> float:
+        return run.validation_error / max(complete.errors_n[: len(run.errors_n)].mean().item(), 1e-12)
+
+    found = min(partial, key=against_complete, default=None)
+    return found if found is not None and against_complete(found) < 1 else None
 
 
 def until(

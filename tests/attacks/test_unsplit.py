@@ -54,7 +54,7 @@ def error(made: Tensor, truth: Tensor) -> float:
 def test_a_shallow_linear_client_is_undone() -> None:
     view, truth = view_of(linear_client, blobs(64))
     mean = error(view.known.records.mean(0).expand_as(truth), truth)
-    made = UnSplit(records=16, steps=300).attack(view)
+    made = UnSplit(records=16, clones=2, steps=200).attack(view)
     assert error(made.target, truth) < 0.3 * mean
     assert error(made.validation, view.validation.records) < 0.3 * mean
 
@@ -64,7 +64,7 @@ def test_the_open_door_and_the_closed_one(shape: tuple[int, ...]) -> None:
     draws = public_source(0).generator("records")
     records = torch.rand(64, *shape, generator=draws)
     view, truth = view_of(nn.Flatten, records)  # the raw record crosses; nothing to clone
-    attack = UnSplit(steps=150, smoothness=0.001)
+    attack = UnSplit(clones=1, steps=150, smoothness=0.001)
     mean = error(view.known.records.mean(0).expand_as(truth), truth)
     assert error(attack.attack(view).target, truth) < 0.05 * mean
     closed = replace(view, target=replace(view.target, activations=view.target.activations.roll(1, dims=0)))
@@ -73,7 +73,7 @@ def test_the_open_door_and_the_closed_one(shape: tuple[int, ...]) -> None:
 
 def test_it_rebuilds_the_first_records_alone_and_looks_at_no_pair() -> None:
     view, truth = view_of(linear_client, blobs(64))
-    attack = UnSplit(records=3, steps=5)
+    attack = UnSplit(records=3, clones=2, steps=5)
     first = attack.attack(view)
     assert first.target.shape == (3, *truth.shape[1:])
     assert first.validation.shape == (3, *truth.shape[1:])
@@ -85,14 +85,14 @@ def test_it_rebuilds_the_first_records_alone_and_looks_at_no_pair() -> None:
     again = attack.attack(blind)  # also: the same seed gives the same bits
     assert torch.equal(first.target, again.target)
     assert torch.equal(first.validation, again.validation)
-    assert not torch.equal(first.target, UnSplit(records=3, steps=5, seed=1).attack(view).target)
+    assert not torch.equal(first.target, UnSplit(records=3, clones=2, steps=5, seed=1).attack(view).target)
     assert first.target.min() >= 0
     assert first.target.max() <= 1
 
 
 def test_more_smoothness_makes_smoother_pictures() -> None:
     view, _ = view_of(linear_client, blobs(32))
-    rough, smooth = (UnSplit(steps=60, smoothness=weight).attack(view).target for weight in (0.0, 1.0))
+    rough, smooth = (UnSplit(clones=1, steps=60, smoothness=weight).attack(view).target for weight in (0.0, 1.0))
     assert total_variation(smooth) / smooth.std() < 0.8 * total_variation(rough) / rough.std()
 
 
@@ -104,11 +104,11 @@ def test_total_variation_by_hand() -> None:
 def test_ticks_missing_knowledge_and_settings() -> None:
     view, _ = view_of(linear_client, blobs(32))
     seen: list[tuple[int, int]] = []
-    UnSplit(records=1, steps=20).attack(view, lambda done, total: seen.append((done, total)))
+    UnSplit(records=1, clones=2, steps=10).attack(view, lambda done, total: seen.append((done, total)))
     assert seen == [(10, 20), (20, 20)]
     ignorant, _ = view_of(linear_client, blobs(32), knows=False)
     with pytest.raises(MissingKnowledgeError, match="'unsplit' needs architecture"):
         UnSplit().attack(ignorant)
-    assert repr(UnSplit(steps=9)) == "UnSplit(records=64, steps=9, smoothness=0.1, seed=0)"
-    with pytest.raises(AuditError, match="at least one record"):
+    assert repr(UnSplit(steps=9)) == "UnSplit(records=64, clones=3, steps=9, smoothness=0.1, seed=0)"
+    with pytest.raises(AuditError, match="at least one record, clone"):
         UnSplit(records=0)
