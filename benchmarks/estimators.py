@@ -1,6 +1,7 @@
 """NoPeek's estimators at matched accuracy, against four attackers: Fashion-MNIST, `cnn`.
 
-    python -m benchmarks.estimators --data DIR [--cells DIR] [--seeds 0] [--only undefended,biased-10] [--table FILE.md]
+    python -m benchmarks.estimators --data DIR [--cells DIR] [--seeds 0] [--only undefended,biased-10]
+        [--attackers decoder,sdar] [--table FILE.md]
 
 {none, Euclidean, squared distances, bias-corrected} x {decoder, defense-aware decoder, FSHA, SDAR}. A cell is a run of
 examples/fashion-mnist.toml, shared with benchmarks.accuracy_peek, and `attackers.json` in its folder. The weights are
@@ -37,6 +38,7 @@ from milkglass.transcript import View
 
 MATCHED: Final = ((None, 0.0), ("biased", 10.0), ("linear", 10.0), ("unbiased", 10.0))
 WORDS: Final = {None: "none", "biased": "Euclidean", "linear": "squared distances", "unbiased": "bias-corrected"}
+NAMES: Final = ("decoder", "defense-aware decoder", "fsha", "sdar")
 RESULT: Final = "attackers.json"
 
 
@@ -51,7 +53,7 @@ def suite() -> tuple[Attack, ...]:
     return MeanRecord(), Ridge(), KernelRidge(), Decoder(), DefenseAware(), fsha, sdar
 
 
-def attack(cell: Cell, folder: Path) -> None:
+def attack(cell: Cell, folder: Path, attackers: list[str]) -> None:
     """Attack one trained cell, unless that is done; interrupted, it goes on at the next attack."""
     run = folder / cell.name
     if (run / RESULT).exists():
@@ -68,7 +70,8 @@ def attack(cell: Cell, folder: Path) -> None:
             kept.keep_reconstruction(view, attack, made)
         return made
 
-    found = find(replayed.trials[0], suite(), public_source(cell.seed), lambda _: runner)
+    chosen = [attack for attack in suite() if attack.name not in NAMES or attack.name in attackers]
+    found = find(replayed.trials[0], chosen, public_source(cell.seed), lambda _: runner)
     if found.skipped:
         raise SystemExit(f"{cell.name}: left out: {found.skipped}")
     content = {score.name: score.to_dict() for score in found.scores}
@@ -77,7 +80,7 @@ def attack(cell: Cell, folder: Path) -> None:
 
 def render(folder: Path, seeds: list[int]) -> str:
     """The table, in markdown: peek of each attacker, its interval, or the range over seeds where there are several."""
-    names = [attack.name for attack in suite()[3:]]
+    names = list(NAMES)
     lines = [
         f"<!-- python -m benchmarks.estimators; {machine_line()} -->",
         "",
@@ -93,13 +96,15 @@ def render(folder: Path, seeds: list[int]) -> str:
         accuracy = statistics.mean(100 * summary["accuracy"] for summary in summaries)
         dependence = statistics.mean(summary["distance_correlation"]["squared_unbiased"] for summary in summaries)
         attackers = [json.loads((run / RESULT).read_text()) for run in done]
-        cells = " | ".join(_cell([found[name] for found in attackers]) for name in names)
+        cells = " | ".join(_cell([found[name] for found in attackers if name in found]) for name in names)
         strength = f"{weight:g}" if weight else ""
         lines.append(f"| {WORDS[estimator]} | {strength} | {len(done)} | {accuracy:.1f} | {dependence:.3f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "not run"
     peeks = [row["peek"] for row in rows]
     if len(rows) == 1:
         return f"{peeks[0]:.3f} ({rows[0]['peek_low']:.3f} to {rows[0]['peek_high']:.3f})"
@@ -113,6 +118,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("runs/accuracy-peek"))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", help="names of cells without their seed; default all")
+    parser.add_argument("--attackers", default=",".join(NAMES))
     parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,7 +128,7 @@ def main() -> None:
         if arguments.only and cell.name.rsplit("-seed", 1)[0] not in arguments.only.split(","):
             continue
         train_cell(cell, arguments.data, arguments.cells)
-        attack(cell, arguments.cells)
+        attack(cell, arguments.cells, arguments.attackers.split(","))
     table = render(arguments.cells, seeds)
     print(table)
     if arguments.table:
