@@ -70,10 +70,11 @@ class Left:
 @final
 @dataclass(frozen=True)
 class Audit:
-    """What an attacker rebuilt or guessed. `error_entitled`, `best_attack`, `pictures`: of the worst exposure.
+    """What an attacker rebuilt or guessed. `error_entitled`, `best_attack`: of the worst exposure.
 
     measures: each with its 95 % interval, the worst over exposures; "peek" is one of them. exposures: the peek of each.
-    pictures: the first records of the target, "records", as rebuilt from the "entitled" values alone, and by attack.
+    pictures: the first records of the target, "records", as rebuilt from the "entitled" values alone, and by attack; of
+    `pictures_of`, the worst exposure of new records.
     """
 
     measures: Mapping[str, Estimate]
@@ -91,6 +92,7 @@ class Audit:
     skipped: tuple[Left, ...]
     notes: tuple[str, ...]
     pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    pictures_of: str = "fresh"
 
     @property
     def peek(self) -> Estimate:
@@ -107,6 +109,7 @@ class Audit:
             "budget": None if self.budget is None else dict(self.budget),
             "strength": self.strength,
             "best_attack": self.best_attack,
+            "pictures_of": self.pictures_of,
             "error_entitled": self.error_entitled,
             "controls": {name: result.to_dict() for name, result in self.controls.items()},
             "certificate": dict(self.certificate) if self.certificate is not None else None,
@@ -172,12 +175,15 @@ def audit(
 
     measures = _worst_measures(findings, inferences)
     shown = max(findings, key=lambda finding: worse(finding.peek))
+    # pictures are passed on: never the private training records
+    pictured = max(findings, key=lambda finding: (finding.exposure != "trained-on", worse(finding.peek)))
     return Audit(
         measures=MappingProxyType(measures),
         exposures=MappingProxyType({finding.exposure: finding.measures["peek"] for finding in findings}),
         verdict=judge(
             measures,
             budget,
+            failed=work.failed,
             sound=all(finding.is_sound for finding in findings) and all(result.passed for result in results.values()),
         ),
         budget=budget,
@@ -191,7 +197,8 @@ def audit(
         curves=tuple(curves),
         skipped=(*_skipped(findings), *work.left),
         notes=(*notes, *_notes(findings, results), *_unmeasured(measures, budget)),
-        pictures=_pictures(shown),
+        pictures=_pictures(pictured),
+        pictures_of=pictured.exposure,
     )
 
 
@@ -203,6 +210,7 @@ class _Work:
         self._progress, self._kept, self._done, self._total = progress, kept, 0, total
         self._seed = seed
         self.left: list[Left] = []
+        self.failed: set[str] = set()
 
     def now(self, what: str) -> None:
         """Say what comes now; it is one piece of work."""
@@ -247,9 +255,14 @@ class _Work:
         return value
 
     def rows(
-        self, what: str, exposure: str, trial: Trial | MembershipTrial, compute: Callable[[], Sequence[InferenceScore]]
+        self,
+        what: str,
+        exposure: str,
+        trial: Trial | MembershipTrial,
+        compute: Callable[[], Sequence[InferenceScore]],
+        measures: Sequence[str],
     ) -> Sequence[InferenceScore]:
-        """Scored rows, computed or brought back; none where it cannot be done, and why is remembered."""
+        """Scored rows, computed or brought back; none where it cannot be done: that, and why, is remembered."""
         kept = None if self._kept is None else self._kept.json(trial, f"{what}, seed {self._seed}")
         if isinstance(kept, list):
             return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept]
@@ -257,6 +270,7 @@ class _Work:
             made = compute()
         except AuditError as error:
             self.leave_out(what, str(error), exposure)
+            self.failed.update(measures)
             return []
         if self._kept is not None and made:
             self._kept.keep_json(trial, f"{what}, seed {self._seed}", [row.to_dict() for row in made])
@@ -297,14 +311,16 @@ def _inferences(
         for name, values in trial.attributes.items():
             work.now(f"{exposure}: attribute {name}")
             alone = replace(trial, attributes={name: values})
-            rows += work.rows(f"attribute {name}", exposure, alone, partial(audit_attributes, alone, seed, work.tick))
+            guess = partial(audit_attributes, alone, seed, work.tick)
+            rows += work.rows(f"attribute {name}", exposure, alone, guess, [f"attribute.{name}"])
         if strength != "quick":
-            rows += work.rows("matching game", exposure, trial, partial(audit_matching, trial, seed, work.tick))
+            game = partial(audit_matching, trial, seed, work.tick)
+            rows += work.rows("matching game", exposure, trial, game, [MATCHING])
     if membership is not None:
         work.now("membership")
         for attack in membership_attacks(strength, seed):
             compute = partial(audit_membership, membership, [attack], seed, work.tick, work.leave_out)
-            rows += work.rows(repr(attack), "fresh", membership, compute)
+            rows += work.rows(repr(attack), "fresh", membership, compute, MEMBERSHIP_MEASURES)
     return rows
 
 

@@ -35,6 +35,13 @@ class Plan:
     attacks: Sequence[str] | None = None
     budget: Mapping[str, float] | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the audit has to know of the plan."""
+        if self.attacks is None:
+            return ()
+        return (f"only these attacks were asked for: {', '.join(self.attacks)}; no release should be judged by a few",)
+
     def suite(self, seed: int) -> tuple[Attack, ...]:
         """The attacks; those named are looked for among all there are."""
         if self.attacks is None:
@@ -139,7 +146,7 @@ def _audit(
         seed=seed,
         progress=watch,
         kept=Kept(target / KEPT),
-        notes=replayed.notes,
+        notes=(*replayed.notes, *plan.notes),
     )
 
 

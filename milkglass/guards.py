@@ -148,6 +148,7 @@ class HijackGuard:
         self._fading = math.exp(-1 / (_BATCHES_REMEMBERED * self._period))
         self._gathered: dict[str, Gathered] = {}
         self._scores: deque[float] = deque(maxlen=SCORES_JUDGED)
+        self._alarm: str | None = None
 
     @property
     def score(self) -> float | None:
@@ -187,11 +188,17 @@ class HijackGuard:
         if fake and len(self._gathered) == len(_GROUPS):
             self._scores.append(hijack_score(hijack_value(*(self._gathered[name] for name in _GROUPS))))
         if self.score is not None and self.score < self._threshold:
-            raise HijackError(
+            self._alarm = (
                 f"step {step}: the server's gradients hardly depend on the labels: score {self.score:.3f} over the "
                 f"last {SCORES_JUDGED} mislabeled batches, expected at least {self._threshold:g}; it may be after the "
                 "records, so nothing more is sent; ask who runs it before you go on from the last checkpoint"
             )
+            self.check()
+
+    def check(self) -> None:
+        """Raise HijackError if the alarm was given: from then on nothing leaves, whoever caught the first error."""
+        if self._alarm is not None:
+            raise HijackError(self._alarm)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep: flat, named tensors."""

@@ -35,16 +35,20 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def reconstruction(self, view: AnyView, attack: Method) -> Reconstruction | None:
+    def reconstruction(self, view: View, attack: Method) -> Reconstruction | None:
         """What the attack gave on this view; None if that is not kept, or damaged."""
+        if not _may_be_kept(view, attack):
+            return None
         try:
             tensors = safetensors.torch.load_file(self._path(view, repr(attack), "safetensors"))
             return Reconstruction(tensors["validation"], tensors["target"], float(tensors["seconds"]))
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def keep_reconstruction(self, view: AnyView, attack: Method, made: Reconstruction) -> None:
+    def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:
         """Write it whole, or not at all."""
+        if not _may_be_kept(view, attack):
+            return
         seconds = torch.tensor(made.seconds, dtype=torch.float64)
         tensors = {"validation": made.validation, "target": made.target, "seconds": seconds}
         write_beside(self._path(view, repr(attack), "safetensors"), tensors_as_bytes(tensors))
@@ -63,6 +67,13 @@ class Kept:
     def _path(self, view: AnyView, what: str, suffix: str) -> Path:
         key = hashlib.sha256(f"{_code()} {_digest(view)} {what}".encode()).hexdigest()
         return self._folder / f"{key[:32]}.{suffix}"
+
+
+def _may_be_kept(view: View, attack: Method) -> bool:
+    """Not where nothing tells two results apart: a callable without a fingerprint, an attack without a `repr`."""
+    knows = view.knowledge
+    callables = (view.release, knows.client, knows.architecture, knows.server, knows.train, knows.honest_server)
+    return " at 0x" not in repr(attack) and (bool(knows.fingerprint) or not any(callables))
 
 
 @lru_cache(maxsize=4)  # by identity: views are compared by it

@@ -194,6 +194,8 @@ class Client(_Party):
         return loss, right, dz
 
     def _send(self, kind: str, answer_kind: str, x: Tensor, tensors: Mapping[str, Tensor]) -> Message:
+        if self.hijack_guard is not None:
+            self.hijack_guard.check()
         message = Message(kind, self.name, self.steps, tensors)  # type: ignore[arg-type]
         self._guard.check(message, x)
         answer = self.transport.exchange(message)

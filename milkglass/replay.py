@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
 from milkglass.defenses.noise import Noise
-from milkglass.errors import MilkglassError, RunError
+from milkglass.errors import AuditError, MilkglassError, RunError
 from milkglass.messages import Message, Responder
 from milkglass.networks import build
 from milkglass.parties import Client
@@ -47,7 +47,7 @@ from milkglass.transports.local import LocalTransport
 
 RELEASES_WHEN_REPEATED: Final = 10
 VALUES_TRAINED_ON: Final = 4096
-"""Of what the server saw over all epochs, so many values a record are attacked: whole epochs, evenly spaced."""
+"""Of what the server saw over all epochs, so many values a record are attacked: means over groups of epochs."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def replay(
         random = any(defense.random for defense in setup.client.defenses)
         trials = [_trial(setup, entitled, knowledge, "fresh", 1)]
         notes: list[str] = []
+        if not _is_rehearsal(run):
+            notes.append("the client's key is not at hand: a training that is replayed is another client's")
         if random:
             trials.append(_trial(setup, entitled, knowledge, "repeated", RELEASES_WHEN_REPEATED))
         if trained_on:
@@ -144,6 +146,8 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
                 done += 1
     except MilkglassError as error:  # its guard, or what it refuses: a gradient that is not finite
         stopped = str(error)
+        if done == 0:
+            raise AuditError(f"the client stopped before its first batch was over: {stopped}") from None
     validation, target = (release_all(setup.client, part.x) for part in (records.validation, records.test))
     return Driven(validation, target, done, stopped)
 
@@ -175,7 +179,7 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
     def honest_server() -> HonestServer:
         return set_up(recipe, private, records=records).server
 
-    weights = hashlib.sha256(recipe.digest().encode())
+    weights = hashlib.sha256(f"{recipe.model_dump_json()} {run.records_digest}".encode())
     for part in (stage, setup.server.stage):
         for name, tensor in part.state_dict().items():
             weights.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -190,9 +194,13 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
     )
 
 
+def _is_rehearsal(run: RunFolder) -> bool:
+    return str(run.read_json("summary.json")["keys"]).endswith("a rehearsal")
+
+
 def _first_key(run: RunFolder) -> Source:
     """The client's key where it follows from the seed; else one of the audit's own: another client of the recipe."""
-    if run.read_json("summary.json")["keys"].endswith("a rehearsal"):
+    if _is_rehearsal(run):
         return rehearsal_source(run.recipe.seed, run.recipe.parties.clients[0])
     return public_source(run.recipe.seed).derive("audit", "replayed client")
 
@@ -243,7 +251,7 @@ def _membership(setup: Setup, knowledge: Knowledge) -> MembershipTrial:
 def _trained_on(
     run: RunFolder, records: Deal, entitled: Callable[[Records], Tensor], progress: Progress
 ) -> tuple[Trial, str]:
-    """The training once more, and what the server saw of the private records in several of its epochs, side by side.
+    """The training once more, and what the server saw of the private records: means over groups of epochs.
 
     The attacker's pairs of an epoch are released one by one while it lasts, as the targets cross one by one.
     """
@@ -254,19 +262,18 @@ def _trained_on(
     width = release_all(setup.client, part.x[:1])[0].numel()
     epochs = recipe.training.epochs
     kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
-    chosen = {round(epochs * (index + 1) / kept) for index in range(kept)}
     watch = _Watch(setup.server)
     transport = LocalTransport(watch)
     setup.client.transport = transport
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
     owned = (records.auxiliary, records.validation)
     draws = public_source(recipe.seed).derive("audit").generator("moments")
     moments_of = [torch.randperm(len(own), generator=draws) for own in owned]
+    groups: list[list[Tensor]] = []
+    sizes = [0] * kept
     for epoch in range(1, epochs + 1):
         batches = batches_of(setup, epoch)
-        taken = epoch in chosen
         # to begin with, all under the epoch's first weights: a dropped batch leaves some of the targets out
-        seen = [release_all(setup.client, x) for x in (*(own.x for own in owned), part.x[:count])] if taken else []
+        seen = [release_all(setup.client, x) for x in (*(own.x for own in owned), part.x[:count])]
         for step, rows in enumerate(batches):
             for sent, own, moments in zip(seen, owned, moments_of, strict=False):
                 now = (moments % len(batches) == step).nonzero()[:, 0]
@@ -274,11 +281,12 @@ def _trained_on(
                     sent[now] = release_all(setup.client, own.x[now])
             result = setup.client.step(part.x[rows], part.y[rows])
             progress.batch(epoch, step + 1, len(batches), result)
-            if taken:
-                wanted = rows < count
-                seen[-1][rows[wanted]] = watch.last[wanted]
-        if taken:
-            columns.append((seen[0], seen[1], seen[2]))
+            wanted = rows < count
+            seen[-1][rows[wanted]] = watch.last[wanted]
+        group = (epoch - 1) * kept // epochs
+        groups[group:] = [[a + b for a, b in zip(groups[group], seen, strict=True)] if sizes[group] else seen]
+        sizes[group] += 1
+    columns = [[total / size for total in group] for group, size in zip(groups, sizes, strict=True)]
     known, validation, target = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
     targets = part.take(torch.arange(count))
 
@@ -291,7 +299,7 @@ def _trained_on(
         target=Release(target, entitled(targets), targets.y),
         exposure="trained-on",
     )
-    note = f"trained-on: {count} private records as they crossed in {len(chosen)} of {epochs} epochs"
+    note = f"trained-on: {count} private records as they crossed in {epochs} epochs, averaged in {kept} groups"
     return Trial(view, targets.x, targets.attributes), note
 
 

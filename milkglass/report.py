@@ -66,7 +66,7 @@ def attack_strip(run: RunResults) -> list[Row]:
     if run.audit is None or "records" not in run.pictures:
         return []
     exposures = run.audit.exposures
-    worst = max(exposures, key=lambda name: exposures[name].high, default="")
+    worst = run.audit.pictures_of or max(exposures, key=lambda name: exposures[name].high, default="")
     attacks = [k for k in run.audit.ranked if k.exposure == worst and k.name in run.pictures]
     rows = [_raw(run)]
     rows += [Row(k.name, f"{worst} records", number(k.peek), run.pictures[k.name]) for k in attacks]

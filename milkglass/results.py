@@ -164,6 +164,7 @@ class AuditFigures(_File):
     curves: tuple[AttackCurve, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     best_attack: str
+    pictures_of: str | None = None
     reference_accuracy: float | None = None
     strength: str | None = None
     budget: dict[str, float] = {}

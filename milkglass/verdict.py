@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -33,31 +33,44 @@ def parse_budget(text: str) -> Mapping[str, float]:
         name, limit = match[1], float(match[2])
         if name not in MEASURES and not name.startswith("attribute."):
             raise AuditError(f"budget on {name!r}, which is no measure; {nearest(name, [*MEASURES, 'attribute.NAME'])}")
-        most = 120.0 if name == "psnr_db" else 1.0
-        if not 0.0 <= limit <= most:
-            raise AuditError(f"budget {part.strip()!r}: {limit:g} is out of range; expected 0 to {most:g}")
+        if not 0.0 <= limit <= _most(name):
+            raise AuditError(f"budget {part.strip()!r}: {limit:g} is out of range; expected 0 to {_most(name):g}")
         if name in limits:
             raise AuditError(f"budget {text!r}: {name} is there twice; expected each measure once")
         limits[name] = limit
     return MappingProxyType(limits)
 
 
+def _most(name: str) -> float:
+    return 120.0 if name == "psnr_db" else 1.0
+
+
 def check_budget(budget: Mapping[str, float], measured: Sequence[str]) -> None:
     """Raise AuditError, with the nearest known name, if the budget names what this audit does not measure."""
-    for name in budget:
+    for name, limit in budget.items():
+        if not 0 <= limit <= _most(name):
+            raise AuditError(f"budget {name}<={limit:g} is out of range; expected 0 to {_most(name):g}")
         if name not in measured:
             raise AuditError(f"budget on {name!r}, which this audit does not measure; {nearest(name, measured)}")
 
 
-def judge(measures: Mapping[str, Estimate], budget: Mapping[str, float] | None, *, sound: bool) -> Verdict:
-    """Over the budget if the upper end of any measure is; never "within" where the attacks are not sound, or a measure
-    in the budget could not be had.
+def judge(
+    measures: Mapping[str, Estimate],
+    budget: Mapping[str, float] | None,
+    *,
+    sound: bool,
+    failed: Collection[str] = (),
+) -> Verdict:
+    """Over the budget if the upper end of any measure is.
+
+    Never "within" where the attacks are not sound, or where a measure in the budget could not be had, is not a number,
+    or has `failed` in one of the ways in which it was to be measured.
     """
     if not sound:
         return "inconclusive"
     if budget is None:
         return "no budget set"
-    found = {name: measures[name].high for name in budget if name in measures}
-    if any(high > budget[name] for name, high in found.items()):
+    if any(name in measures and measures[name].high > limit for name, limit in budget.items()):
         return "over budget"
-    return "within budget" if len(found) == len(budget) else "inconclusive"
+    had = all(name in measures and measures[name].is_finite and name not in failed for name in budget)
+    return "within budget" if had else "inconclusive"

@@ -122,7 +122,7 @@ def test_the_file_has_the_keys_that_readers_expect(half: Audit) -> None:
     held = json.loads(json.dumps(half.to_dict(), allow_nan=False))
     assert set(held) == {
         "peek", "measures", "exposures", "verdict", "budget", "strength", "best_attack", "error_entitled", "controls",
-        "certificate", "attacks", "inferences", "curves", "skipped", "notes",
+        "pictures_of", "certificate", "attacks", "inferences", "curves", "skipped", "notes",
     }  # fmt: skip
     assert held["peek"] == held["exposures"]["fresh"] == {
         "value": half.peek.value, "low": half.peek.low, "high": half.peek.high,

@@ -105,3 +105,22 @@ def test_an_interrupted_audit_goes_on_at_the_next_attack(kept: Kept) -> None:
     assert (first.calls, third.calls) == (2, 0)
     assert second.calls > 1
     assert again.measures == resumed.measures
+
+
+def test_nothing_is_kept_where_nothing_tells_two_results_apart(kept: Kept) -> None:
+    class Nameless(Attack):
+        name: ClassVar[str] = "nameless"
+        paper: ClassVar[str] = "none"
+
+        def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
+            return Ridge().attack(view, tick)
+
+    view = trial().view
+    made = Ridge().attack(view)
+    asks = replace(view, release=lambda x: x)
+    for seen, attack in ((view, Nameless()), (asks, Ridge())):
+        kept.keep_reconstruction(seen, attack, made)
+        assert kept.reconstruction(seen, attack) is None
+    named = replace(asks, knowledge=Knowledge(fingerprint="weights"))
+    kept.keep_reconstruction(named, Ridge(), made)
+    assert kept.reconstruction(named, Ridge()) is not None

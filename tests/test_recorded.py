@@ -31,7 +31,7 @@ def test_rows_stay_together_and_nobody_is_in_two_parts() -> None:
         (trial.view.target.activations, trial.truth),
     ]
     assert [len(rows) for rows, _ in parts] == [120, 20, 60]
-    assert len(torch.cat([rows[:, 0] for rows, _ in parts]).unique()) == ROWS  # each of them once
+    assert len(set(torch.cat([rows[:, 0] for rows, _ in parts]).tolist())) == ROWS  # each of them once
     for sent, record in parts:  # a line through both, whatever the scale
         assert torch.corrcoef(torch.stack([sent[:, 0], record[:, 0]]))[0, 1] > 1 - 1e-6
     assert trial.view.known.entitled.shape == (120, 4)

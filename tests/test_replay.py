@@ -208,7 +208,9 @@ def test_trained_on_records_are_what_the_server_saw_in_training(tmp_path: Path) 
     replayed = replay(run, run, trained_on=True)
     trial = replayed.trials[-1]
     assert trial.view.exposure == "trained-on"
-    assert any("40 private records as they crossed in 3 of 3 epochs" in note for note in replayed.notes)
+    assert any(
+        "40 private records as they crossed in 3 epochs, averaged in 3 groups" in note for note in replayed.notes
+    )
     setup = set_up(recipe)
     part = setup.records.train["client"]
     assert torch.equal(trial.truth, part.x[:40])

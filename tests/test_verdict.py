@@ -54,3 +54,15 @@ def test_the_upper_end_of_every_interval_decides() -> None:
 @pytest.mark.parametrize("budget", [None, {"peek": 1.0}, {"peek": 0.0}])
 def test_attacks_that_failed_their_own_controls_never_judge(budget: dict[str, float] | None) -> None:
     assert judge({"peek": Estimate(0.0, 0.0, 0.0)}, budget, sound=False) == "inconclusive"
+
+
+def test_what_is_not_a_number_or_failed_in_part_is_never_within() -> None:
+    nothing, good = Estimate(float("nan"), float("nan"), float("nan")), Estimate(0.0, 0.0, 0.1)
+    assert judge({"ssim": nothing}, {"ssim": 0.1}, sound=True) == "inconclusive"
+    assert judge({"peek": good}, {"peek": 0.2}, sound=True, failed={"peek"}) == "inconclusive"
+    assert judge({"peek": good}, {"peek": 0.2}, sound=True, failed={"ssim"}) == "within budget"
+    assert judge({"peek": good}, {"peek": 0.05}, sound=True, failed={"peek"}) == "over budget"
+    assert judge({"peek": good}, {"peek": 0.2, "match": 0.1}, sound=True) == "inconclusive"
+    for limit in (float("nan"), -0.1, 1.1):
+        with pytest.raises(AuditError, match="out of range"):
+            check_budget({"peek": limit}, ["peek"])

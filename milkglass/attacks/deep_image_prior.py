@@ -43,7 +43,7 @@ class DeepImagePrior(Attack):
     knows: ClassVar[tuple[Known, ...]] = ("client weights",)
     paper: ClassVar[str] = "Ulyanov, Vedaldi and Lempitsky, CVPR 2018"
 
-    def __init__(self, steps: int = 600, records: int = 16, width: int = 32, seed: int = 0) -> None:
+    def __init__(self, steps: int = 600, records: int = 32, width: int = 32, seed: int = 0) -> None:
         if min(steps, records, width) < 1:
             raise AuditError(
                 f"deep image prior: steps = {steps}, records = {records}, width = {width}; expected at least 1 of each"

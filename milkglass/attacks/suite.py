@@ -174,8 +174,8 @@ def run_suite(
     for attack in suite:
         try:
             made = runner(attack, view)
-        except AuditError as error:
-            skipped.append(Skipped(attack.name, str(error)))
+        except (AuditError, MemoryError, RuntimeError) as error:  # torch's errors are of the last kind
+            skipped.append(Skipped(attack.name, str(error).splitlines()[0]))
             continue
         run = _judged(attack, view, made, attack.knows)
         if run.usable and not run.may_be_stacked:

@@ -57,9 +57,9 @@ ROWS = (
     Row(NearestNeighbor(), (0.22, 0.37), (0.09, 0.24)),
     Row(Ridge(), (0.66, 0.76), (0.55, 0.66)),
     Row(KernelRidge(), (0.75, 0.85), (0.65, 0.76)),
-    Row(Decoder(steps=100), (0.71, 0.82), (0.59, 0.71)),
-    Row(DefenseAware(steps=100), (0.71, 0.82), (0.59, 0.71)),
-    Row(Stack((Ridge(), KernelRidge())), (0.75, 0.85), (0.65, 0.76)),
+    Row(Decoder(steps=100, width=16), (0.69, 0.80), (0.57, 0.69)),
+    Row(DefenseAware(steps=100, width=16), (0.69, 0.80), (0.57, 0.69)),
+    Row(Stack((Ridge(), NearestNeighbor())), (0.66, 0.77), (0.55, 0.67)),
 )
 SLOW = (
     Row(LikelihoodFromRidge(steps=60, records=16), (0.84, 0.94), (0.69, 0.80)),
