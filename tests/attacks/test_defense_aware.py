@@ -190,7 +190,7 @@ def test_without_fresh_releases_it_says_so() -> None:
 @pytest.mark.parametrize("attack", [Decoder, DefenseAware])
 def test_two_widths_have_two_names(attack: type[Decoder] | type[DefenseAware]) -> None:
     assert attack().name == attack(steps=20, seed=3).name == attack.name
-    assert attack(width=64).name == f"{attack.name}, width 64"
+    assert attack(width=64).name == f"{attack.name} of width 64"
     assert "width=64" in repr(attack(width=64))
     for settings in ({"steps": 0}, {"width": 0}):
         with pytest.raises(AuditError, match=f"{attack.name}: .*expected at least 1 of each"):

@@ -22,7 +22,6 @@ from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.deep_image_prior import DeepImagePrior
 from milkglass.attacks.defense_aware import DefenseAware
 from milkglass.attacks.features import answer_alone
-from milkglass.attacks.fsha import FsHijack, Plan
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.likelihood import LikelihoodFromGrey, LikelihoodFromRidge
 from milkglass.attacks.mean_record import MeanRecord
@@ -69,7 +68,6 @@ SLOW = (
     Row(DeepImagePrior(steps=300, records=6, width=16), (-3, -0.5), (-6, -1)),
     Row(Shadow(shadows=2, steps=100, decoder=Decoder(steps=50)), (-1.5, -0.3), (-1.5, -0.3)),
     Row(UnSplit(records=16, steps=300), (-10, -3), (-18, -3)),
-    Row(FsHijack(Plan(iterations=500, head_start=300, width=32)), (0.4, 0.8), (0, 1)),
     Row(Sdar(iterations=200, width=16), (-4, 0), (-5, 0)),
 )
 
