@@ -44,7 +44,7 @@ from milkglass.transcript import Trial, View
 
 REFERENCE: Final = "undefended-seed0"
 DEFENDED: Final = "biased-10-seed0"
-CELLS: Final = ((0.0, 1.0), (10.0, 1.0), (1e4, 1e5), (1e4, 1.0))
+CELLS: Final = ((0.0, 1.0), (10.0, 25.0), (1e4, 1.0), (1e4, 1e5))
 """(NoPeek's weight, loss scale)."""
 ENTITLED: Final[tuple[Attack, ...]] = (MeanRecord(), Ridge(), KernelRidge(), Decoder())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,11 @@ def _demo_commands() -> list[list[str]]:
     return [line.replace("'", "").split() for line in lines]
 
 
+def _score(audit: dict[str, Any], attack: str, exposure: str) -> dict[str, Any]:
+    (found,) = (row for row in audit["attacks"] if (row["name"], row["exposure"]) == (attack, exposure))
+    return dict(found)
+
+
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -43,7 +49,9 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert audit["verdict"] == "no budget set"  # the controls passed
         assert all(control["passed"] for control in audit["controls"].values())
         assert audit["peek"]["low"] > 0.2  # neither protects: what the README says
-    assert audits["nopeek"]["peek"]["high"] < audits["undefended"]["peek"]["low"]
+        assert audit["peek"]["high"] == max(found["high"] for found in audit["exposures"].values())
+    fresh = {name: _score(audit, "stack", "fresh") for name, audit in audits.items()}
+    assert fresh["nopeek"]["peek_high"] < fresh["undefended"]["peek_low"]  # the same attackers, on new records
     page = Path("runs/demo/report.html")
     assert 10_000 < page.stat().st_size < 3_000_000
     assert Path("runs/demo/nopeek/summary.json").exists()

@@ -17,7 +17,9 @@ Where we differ, for a result in hundreds of batches where theirs takes ten thou
   Nowozin 2018, arXiv 1801.04406), and so hard that the critic hardly bends; theirs is a Wasserstein one with gradient
   penalty, which took longer here, as did a weaker penalty. Where activations are maps there is an opinion on every
   place beside the one on the whole;
-- the gradient is brought to a set length before it is scaled, because a critic that hardly bends has a tiny one.
+- the gradient is brought to a set length before it is scaled, because a critic that hardly bends has a tiny one. In
+  the second half that length falls: the client's own optimizer, Adam as well, then takes smaller and smaller steps;
+- the head is trained through noise, so that what the client still does otherwise than the pilot does less harm.
 
 The labels that cross are not looked at: the same server would do in a U-shaped training.
 """
@@ -28,6 +30,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Final, cast, final
 
 import torch
@@ -47,6 +50,11 @@ HEAD_RATE: Final = 2e-3
 CRITIC_RATE: Final = 1e-3
 R1_EVERY: Final = 4
 """The critic's gradient is penalized every so many batches, so many times as hard (Karras et al., arXiv 1912.04958)."""
+HEAD_BLUR: Final = 0.3
+"""Standard deviation of the noise that the head learns to read through, in units of the activations' spread: a client
+comes close to the pilot and never meets it."""
+LAST_LENGTH: Final = 0.02
+"""Over the second half of the batches the gradient falls to this part of its length."""
 PLACE_MAPS: Final = 4
 
 
@@ -61,9 +69,9 @@ class Plan:
     """
 
     iterations: int = 1000
-    head_start: int = 600
+    head_start: int = 1200
     loss_scale: float = 1.0
-    penalty: float = 200.0
+    penalty: float = 100.0
     width: int = 64
     seed: int = 0
 
@@ -196,12 +204,14 @@ def fit_head(
     Draws from torch's global generator.
     """
     trained = [parameter for parameter in (*pilot.parameters(), *head.parameters()) if parameter.requires_grad]
+    bends = any(parameter.requires_grad for parameter in pilot.parameters())  # else the client is the pilot
     optimizer = torch.optim.Adam(trained, lr=HEAD_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         rows_B = torch.randint(len(records_N), (BATCH,))
         z_B = pilot(records_N[rows_B])
-        wrong = loss(head(z_B + sigma * torch.randn_like(z_B)), rows_B)
+        blur = math.hypot(sigma, HEAD_BLUR * z_B.detach().std().item()) if bends else sigma
+        wrong = loss(head(z_B + blur * torch.randn_like(z_B)), rows_B)
         optimizer.zero_grad()
         wrong.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -252,14 +262,19 @@ class Hijacker:
             opinions = self._critic(z_B / self._spread)
             loss = _doubt(opinions)
             (dz_B,) = torch.autograd.grad(loss, z_B)
-        length = dz_B.norm().item() * math.sqrt(len(dz_B)) or 1.0
+        length = self._length() / (dz_B.norm().item() * math.sqrt(len(dz_B)) or 1.0)
         self._batches += 1
         self._done(self._batches)
         passing = (opinions[0].detach().mean(1) > 0).sum()
-        gradient = (self._plan.loss_scale / length * dz_B).to(sent.dtype)
+        gradient = (length * dz_B).to(sent.dtype)
         return Message(
             "gradients", "server", message.step, {"gradient": gradient, "loss": loss.detach(), "right": passing}
         )
+
+    def _length(self) -> float:
+        """Of a record's gradient, times the batch size."""
+        left = 2 * (1 - self._batches / self._plan.iterations)
+        return self._plan.loss_scale * min(1.0, max(LAST_LENGTH, left))
 
     def _teach_critic(self, sent_B: Tensor) -> None:
         """One step towards telling the pilot's activations from the client's."""
@@ -334,15 +349,10 @@ class _FlatDecoder(nn.Module):
 
     def __init__(self, sent: torch.Size, mean: Tensor, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(sent.numel(), hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, mean.numel()),
-            nn.Unflatten(1, tuple(mean.shape)),
-        )
+        widths = sent.numel(), hidden, hidden
+        layers = [nn.Sequential(nn.Linear(*pair), nn.GELU()) for pair in pairwise(widths)]
+        last = nn.Linear(hidden, mean.numel()), nn.Unflatten(1, tuple(mean.shape))
+        self.layers = nn.Sequential(nn.Flatten(), *layers, *last)
         self.mean = nn.Buffer(mean)
 
     def forward(self, z_B: Tensor) -> Tensor:
@@ -378,10 +388,9 @@ class _FlatCritic(nn.Module):
 
     def __init__(self, sent: torch.Size, hidden: int) -> None:
         super().__init__()
-        self.first = nn.Linear(sent.numel(), hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, 1)
+        widths = sent.numel(), hidden, hidden
+        layers = [nn.Sequential(nn.Linear(*pair), nn.LeakyReLU(0.2)) for pair in pairwise(widths)]
+        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden, 1))
 
     def forward(self, z_B: Tensor) -> list[Tensor]:
-        h = F.leaky_relu(self.first(z_B.flatten(1)), 0.2)
-        return [self.last(F.leaky_relu(self.second(h), 0.2))]
+        return [self.layers(z_B)]

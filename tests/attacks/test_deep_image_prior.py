@@ -94,4 +94,4 @@ def test_bad_input_is_refused() -> None:
         DeepImagePrior().attack(rows)
     with pytest.raises(AuditError, match="expected at least 1 of each"):
         DeepImagePrior(width=0)
-    assert repr(DeepImagePrior(steps=2)) == "DeepImagePrior(steps=2, records=16, width=32, seed=0)"
+    assert repr(DeepImagePrior(steps=2)) == "DeepImagePrior(steps=2, records=32, width=32, seed=0)"
