@@ -100,7 +100,7 @@ def make(share: float, data: Path, iterations: int, path: Path) -> str:
     recipe = recipe_of(data, weight)
     records = deal_records(recipe)
     stage = _Watched(recipe, records)
-    attack = Sdar(iterations=iterations, nopeek=weight)
+    attack = Sdar(iterations=iterations)
     started, cpu = time.perf_counter(), _cpu_seconds()
 
     def tick(done: int, total: int) -> None:
@@ -133,6 +133,7 @@ class _Watched:
     def __init__(self, recipe: Recipe, records: Deal) -> None:
         self._recipe, self._records = recipe, records
         self._private = rehearsal_source(recipe.seed, CLIENT)
+        self._penalty = set_up(recipe, self._private, records=records).client.penalty
         self._server: Server | None = None
         self._driven: Driven | None = None
 
@@ -143,7 +144,12 @@ class _Watched:
             known=_pairs(records.auxiliary),
             validation=_pairs(records.validation),
             target=Release(_nothing(records.test), _nothing(records.test), records.test.y),
-            knowledge=Knowledge(architecture=self._architecture, train=self._train, honest_server=self._honest_server),
+            knowledge=Knowledge(
+                penalty=self._penalty,
+                architecture=self._architecture,
+                train=self._train,
+                honest_server=self._honest_server,
+            ),
         )
 
     def accuracy(self) -> float:
@@ -196,9 +202,9 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"<!-- python -m benchmarks.sdar; {machine_line()} -->",
         "",
-        f"Cut after `{CUT}`, batch 128, {cells[0]['iterations']} iterations, `{cells[0]['attack']}` (its `nopeek` is "
-        "the row's weight). Always guessing the mean record: MSE "
-        f"{cells[0]['mse_mean_record']:.4f}; the mean of the label's class: {cells[0]['mse_class_mean']:.4f}.",
+        f"Cut after `{CUT}`, batch 128, {cells[0]['iterations']} iterations, `{cells[0]['attack']}`.",
+        f"Always guessing the mean record: MSE {cells[0]['mse_mean_record']:.4f}; the mean of the label's class: "
+        f"{cells[0]['mse_class_mean']:.4f}.",
         "",
         "| NoPeek: share | weight | victim's accuracy, % | MSE | SSIM | peek over the mean record | CPU, s |",
         "|---|---|---|---|---|---|---|",

@@ -138,8 +138,7 @@ class Client(_Party):
         guard = self.hijack_guard
         mislabeled = guard is not None and guard.mislabels(self.steps)
         z = self._release(x, training=True)
-        penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z)) is not None]
-        penalty = torch.stack(penalties).sum() if penalties else None
+        penalty = self.penalty(x, z)
         told_B = guard.wrong_labels(self.steps, y_B) if guard is not None and mislabeled else y_B
         loss, right, dz = self._ask_for_gradient(x, z, told_B)
         if guard is not None:
@@ -155,6 +154,11 @@ class Client(_Party):
             self.optimizer.step()
         self.steps += 1
         return StepResult(loss, 0.0 if penalty is None else penalty.item(), right / len(y_B), mislabeled)
+
+    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """What its defenses add to the loss, weighted, for records `x` (B, ...) sent as `z` (B, ...): a scalar."""
+        penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z)) is not None]
+        return torch.stack(penalties).sum() if penalties else None
 
     @torch.no_grad()
     def release(self, x: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
     return Knowledge(
         client=stage,
         noise_sigma=sum(d.sigma**2 for d in setup.client.defenses if isinstance(d, Noise)) ** 0.5,
+        penalty=setup.client.penalty,
         architecture=architecture,
         server=setup.server.stage.eval(),
         train=lambda server, steps: drive(recipe, records, private, server, steps),

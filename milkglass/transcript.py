@@ -118,15 +118,17 @@ class Knowledge:
     """What an attacker knows or may do beyond its pairs. A part that is None is out of its reach.
 
     client: the client's trained stage, (N, ...) records -> (N, ...) activations before any noise, differentiable.
-    noise_sigma: the standard deviation of the noise that a release adds to that. architecture: generator -> a client's
-    and a server's stage with untrained weights. server: the server's own stage, trained. train: replays the training of
-    the real client from its first weights against a server of the attacker's, for so many batches, defenses and guards
-    on. honest_server: a server with its first weights, to be held by a passive attacker. fingerprint: changes with
-    anything above, so that results can be kept.
+    noise_sigma: the standard deviation of the noise that a release adds to that. penalty: (records, what is sent for
+    them) -> the scalar that the client's defense adds to its loss, None where it adds none. architecture: generator ->
+    a client's and a server's stage with untrained weights. server: the server's own stage, trained. train: replays the
+    training of the real client from its first weights against a server of the attacker's, for so many batches,
+    defenses and guards on. honest_server: a server with its first weights, to be held by a passive attacker.
+    fingerprint: changes with anything above, so that results can be kept.
     """
 
     client: Callable[[Tensor], Tensor] | None = None
     noise_sigma: float = 0.0
+    penalty: Callable[[Tensor, Tensor], Tensor | None] = lambda _, __: None
     architecture: Callable[[torch.Generator], tuple[nn.Module, nn.Module]] | None = None
     server: nn.Module | None = None
     train: Callable[[Responder, int], Driven] | None = None

@@ -8,7 +8,8 @@ After Pasquini, Ateniese and Bernaschi, "Unleashing the tiger: inference attacks
 the pilot sends. Both are trained on auxiliary records. A *critic* learns to tell the pilot's activations from the
 client's, and in place of the task's gradient the client is sent that of fooling the critic. Its activations move into
 the pilot's space, and the head reads them as well. `loss_scale` multiplies that gradient: against a client that adds a
-penalty's gradient (their appendix on defenses), a larger one drowns the penalty.
+penalty's gradient (their appendix on defenses), a larger one drowns the penalty. Whoever knows the penalty can tell how
+large: by default it is a hundred times the penalty's own pull at what the pilot sends.
 
 Where we differ, for a result in hundreds of batches where theirs takes ten thousand:
 - pilot and head are trained before the first batch, then stand still: the client follows a target that does not move;
@@ -29,7 +30,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Final, cast, final
 
@@ -56,6 +57,8 @@ comes close to the pilot and never meets it."""
 LAST_LENGTH: Final = 0.02
 """Over the second half of the batches the gradient falls to this part of its length."""
 PLACE_MAPS: Final = 4
+OVER_PENALTY: Final = 100.0
+"""The hijacker's gradient over that of a penalty which the client is known to have."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ class Plan:
 
     iterations: batches that the client trains meanwhile. head_start: batches of 64 that pilot and head train before.
     loss_scale: multiplies the gradient that is sent; at 1 a record's is of length 1 / B (root mean square), no shorter
-    than an honest one. penalty: weight of the critic's squared gradient. width: channels of critic and head, an eighth
-    of their units where there are no maps.
+    than an honest one. None: 1, or as much as drowns the client's own penalty, where it is known. penalty: weight of
+    the critic's squared gradient. width: channels of critic and head, an eighth of their units where there are no maps.
     """
 
     iterations: int = 1000
     head_start: int = 1200
-    loss_scale: float = 1.0
+    loss_scale: float | None = None
     penalty: float = 100.0
     width: int = 64
     seed: int = 0
@@ -81,10 +84,11 @@ class Plan:
                 f"fsha: iterations = {self.iterations}, head_start = {self.head_start}, width = {self.width}; "
                 "expected at least 1 of each"
             )
-        if not (0 < self.loss_scale < math.inf and 0 <= self.penalty < math.inf):
+        scaled = self.loss_scale is None or 0 < self.loss_scale < math.inf
+        if not (scaled and 0 <= self.penalty < math.inf):
             raise AuditError(
                 f"fsha: loss_scale = {self.loss_scale}, penalty = {self.penalty}; "
-                "expected a number above 0, and one from 0 on"
+                "expected a number above 0 or None, and one from 0 on"
             )
 
 
@@ -92,8 +96,8 @@ class Plan:
 class FsHijack(Attack):
     """Rebuilds records from what a hijacked client sends.
 
-    Against NoPeek, `loss_scale` must make up for the penalty's weight; an adaptive optimizer does not feel it
-    otherwise, plain gradient descent takes it for a learning rate. The settings are those of `Plan`.
+    An adaptive optimizer feels `loss_scale` only against a penalty; plain gradient descent takes it for a learning
+    rate. The settings are those of `Plan`.
     """
 
     name: ClassVar[str] = "fsha"
@@ -182,11 +186,31 @@ def hijack(
     generator = source.generator("training")
     with drawing_from(generator):
         wanted_N = fit_head(pilot, head, records, loss, knows.noise_sigma, plan.head_start, lambda at: tick(at, total))
+    scale = plan.loss_scale or scale_over(knows.penalty, records, wanted_N)
     server = Hijacker(
-        wanted_N, critic, plan, knows.noise_sigma, generator, lambda done: tick(plan.head_start + done, total)
+        wanted_N,
+        critic,
+        replace(plan, loss_scale=scale),
+        knows.noise_sigma,
+        generator,
+        lambda done: tick(plan.head_start + done, total),
     )
     driven = knows.train(server, plan.iterations)
     return _in_parts(head, driven.validation), _in_parts(head, driven.target)
+
+
+def scale_over(penalty: Callable[[Tensor, Tensor], Tensor | None], records_N: Tensor, wanted_N: Tensor) -> float:
+    """What makes an unscaled gradient a hundred times as long as the penalty's at these activations; at least 1.
+
+    Early on the client sends smaller values than the pilot, and a penalty that does not feel their scale pulls harder.
+    """
+    z_B = wanted_N[:BATCH].clone().requires_grad_()
+    with torch.enable_grad():
+        value = penalty(records_N[:BATCH], z_B)
+    if value is None or not value.requires_grad:
+        return 1.0
+    (pull_B,) = torch.autograd.grad(value, z_B)
+    return max(1.0, OVER_PENALTY * pull_B.norm().item() * math.sqrt(len(z_B)))
 
 
 def fit_head(
@@ -274,7 +298,7 @@ class Hijacker:
     def _length(self) -> float:
         """Of a record's gradient, times the batch size."""
         left = 2 * (1 - self._batches / self._plan.iterations)
-        return self._plan.loss_scale * min(1.0, max(LAST_LENGTH, left))
+        return (self._plan.loss_scale or 1.0) * min(1.0, max(LAST_LENGTH, left))
 
     def _teach_critic(self, sent_B: Tensor) -> None:
         """One step towards telling the pilot's activations from the client's."""

@@ -20,8 +20,8 @@ Where we differ: layers are small enough for a CPU and normalized by GroupNorm, 
 decoder works at half the picture's size and adds to the mean record; its learning rate falls towards the end; critics
 learn at a rate of their own (the authors' is the simulator's or decoder's times the critic's weight: 2e-5 and 5e-9,
 which does not move in a short training); the simulator's step and the decoder's share their activations. The authors'
-simulator of a client with NoPeek has the same penalty: here `nopeek`, its weight, where the attacker knows it. Noise
-that the client is known to add is added to the simulator's activations too.
+simulator of a client with NoPeek has the same penalty: here whatever penalty the client is known to add. Noise that it
+is known to add is added to the simulator's activations too.
 
 Nothing is sent that an honest server would not send, and nothing of the server moves: its stage is copied to be read.
 """
@@ -39,7 +39,6 @@ from torch.nn import functional as F
 from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import as_records
 from milkglass.errors import AuditError, MissingKnowledgeError
-from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.messages import Message
 from milkglass.randomness import drawing_from, public_source
 from milkglass.transcript import HonestServer, Known, View
@@ -55,8 +54,7 @@ class Sdar(Attack):
     """A simulator of the client, and a decoder of what it sends, learned from the seat of an honest server.
 
     iterations: batches that the client trains meanwhile. simulator_weight, decoder_weight: of the two critics; 0 leaves
-    one out. nopeek: the weight of the client's own penalty (biased distance correlation), where the attacker knows it.
-    width: channels of the decoder and the critics.
+    one out. width: channels of the decoder and the critics.
     """
 
     # open_door: a wide client that mixes all values may go unread in a short training (peeks of -1.6 after 200 batches
@@ -73,7 +71,6 @@ class Sdar(Attack):
         iterations: int = 500,
         simulator_weight: float = 0.5,
         decoder_weight: float = 0.1,
-        nopeek: float = 0.0,
         simulator_rate: float = 1e-3,
         decoder_rate: float = 1e-3,
         critic_rate: float = 1e-4,
@@ -82,9 +79,9 @@ class Sdar(Attack):
     ) -> None:
         if iterations < 1 or width < 1:
             raise AuditError(f"sdar: iterations = {iterations}, width = {width}; expected at least 1 of each")
-        if not all(0 <= weight < math.inf for weight in (simulator_weight, decoder_weight, nopeek)):
+        if not all(0 <= weight < math.inf for weight in (simulator_weight, decoder_weight)):
             raise AuditError(
-                f"sdar: simulator_weight = {simulator_weight}, decoder_weight = {decoder_weight}, nopeek = {nopeek}; "
+                f"sdar: simulator_weight = {simulator_weight}, decoder_weight = {decoder_weight}; "
                 "expected numbers from 0 on"
             )
         if not all(0 < rate < math.inf for rate in (simulator_rate, decoder_rate, critic_rate)):
@@ -93,13 +90,13 @@ class Sdar(Attack):
                 "expected numbers above 0"
             )
         self._iterations, self._width, self._seed = iterations, width, seed
-        self._simulator_weight, self._decoder_weight, self._nopeek = simulator_weight, decoder_weight, nopeek
+        self._simulator_weight, self._decoder_weight = simulator_weight, decoder_weight
         self._simulator_rate, self._decoder_rate, self._critic_rate = simulator_rate, decoder_rate, critic_rate
 
     def __repr__(self) -> str:
         return (
             f"Sdar(iterations={self._iterations}, simulator_weight={self._simulator_weight}, "
-            f"decoder_weight={self._decoder_weight}, nopeek={self._nopeek}, simulator_rate={self._simulator_rate}, "
+            f"decoder_weight={self._decoder_weight}, simulator_rate={self._simulator_rate}, "
             f"decoder_rate={self._decoder_rate}, critic_rate={self._critic_rate}, width={self._width}, "
             f"seed={self._seed})"
         )
@@ -150,7 +147,7 @@ class _Learner:
         knows = view.knowledge
         assert knows.architecture is not None
         assert view.known.labels is not None
-        self._settings, self._sigma = settings, knows.noise_sigma
+        self._settings, self._sigma, self._penalty = settings, knows.noise_sigma, knows.penalty
         self._x_N, self._y_N = view.known.records, view.known.labels
         self._simulator, self._top = knows.architecture(source.generator("simulator"))
         self._generator = source.generator("training")
@@ -187,8 +184,9 @@ class _Learner:
         if self._simulator_step is None:
             return z_B  # a stage without weights: the simulator is the client
         loss = F.cross_entropy(self._top(z_B), y_B)
-        if self._settings._nopeek:
-            loss = loss + self._settings._nopeek * distance_correlation(x_B, z_B)
+        penalty = self._penalty(x_B, z_B)
+        if penalty is not None:
+            loss = loss + penalty
         weight, critic = self._settings._simulator_weight, self._critics[0]
         if weight:
             loss = loss + weight * _fools(critic, z_B, y_B)

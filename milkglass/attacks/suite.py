@@ -17,7 +17,8 @@ from milkglass.attacks.base import Attack, Reconstruction
 from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.deep_image_prior import DeepImagePrior
 from milkglass.attacks.defense_aware import DefenseAware
-from milkglass.attacks.fsha import FsHijack, Plan
+from milkglass.attacks.fsha import FsHijack
+from milkglass.attacks.fsha import Plan as FshaPlan
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.likelihood import LikelihoodFromGrey, LikelihoodFromRidge
 from milkglass.attacks.mean_record import MeanRecord
@@ -37,8 +38,6 @@ STRENGTHS: Final = get_args(Strength)
 Runner = Callable[[Attack, View], Reconstruction]
 """Runs an attack on a view, or brings back what it gave before."""
 
-PUBLISHED_SCALE: Final = 25.0
-"""Of a hijacker's gradient, against a client's penalty: what Pasquini et al. beat NoPeek with."""
 FROM_PAIRS: Final[frozenset[Known]] = frozenset({"pairs", "records"})
 
 
@@ -64,7 +63,7 @@ def attacks_of(strength: Strength, seed: int = 0) -> tuple[Attack, ...]:
         Shadow(seed=seed),
         UnSplit(seed=seed),
         Sdar(seed=seed),
-        FsHijack(Plan(loss_scale=PUBLISHED_SCALE, seed=seed)),
+        FsHijack(FshaPlan(seed=seed)),
     )
 
 

@@ -122,11 +122,14 @@ def test_an_open_door_is_walked_through_but_not_by_other_records(records: Deal) 
 
 def test_loss_scaling_beats_a_penalty_that_stops_it_otherwise(records: Deal) -> None:
     view = view_of(records, recipe_of(defense={"nopeek": {"weight": 1e4}}))
-    unscaled, scaled = (
-        peek(FsHijack(replace(PLAN, loss_scale=scale)).attack(view).target, records) for scale in (1.0, 1e5)
+    told = replace(view, knowledge=replace(view.knowledge, penalty=NoPeek(1e4).penalty))
+    unscaled, scaled, by_itself = (
+        peek(FsHijack(replace(PLAN, loss_scale=scale)).attack(seen).target, records)
+        for scale, seen in ((1.0, told), (1e5, view), (None, told))
     )
     assert unscaled < 0
     assert scaled > FsHijack.open_door
+    assert by_itself > FsHijack.open_door
 
 
 def test_an_attribute_is_made_to_cross(records: Deal) -> None:
@@ -243,5 +246,5 @@ def test_what_it_must_know_and_what_it_may_be_told(records: Deal) -> None:
         with pytest.raises(AuditError, match=rf"fsha: .*{next(iter(wrong))} = "):
             Plan(**wrong)
     assert repr(FsHijack(PLAN)) == (
-        "FsHijack(Plan(iterations=160, head_start=300, loss_scale=1.0, penalty=100.0, width=16, seed=0))"
+        "FsHijack(Plan(iterations=160, head_start=300, loss_scale=None, penalty=100.0, width=16, seed=0))"
     )

@@ -27,7 +27,7 @@ from milkglass.transports.local import LocalTransport
 from tests.helpers import KEY, small_recipe
 
 STEPS = 6  # two epochs of three batches: all of the small recipe's training
-QUICK = Sdar(iterations=STEPS, decoder_weight=1e-3, nopeek=0.1, width=8)
+QUICK = Sdar(iterations=STEPS, decoder_weight=1e-3, width=8)
 
 
 def restless(record_shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -123,8 +123,23 @@ def test_it_reads_nothing_but_what_it_says_it_knows(view: View) -> None:
     again = QUICK.attack(blind)  # the same seed: the same bits
     assert torch.equal(made.target, again.target)
     assert torch.equal(made.validation, again.validation)
-    other = Sdar(iterations=STEPS, decoder_weight=1e-3, nopeek=0.1, width=8, seed=1).attack(blind)
+    other = Sdar(iterations=STEPS, decoder_weight=1e-3, width=8, seed=1).attack(blind)
     assert not torch.equal(made.target, other.target)
+
+
+def test_the_simulator_has_the_penalty_that_the_client_is_known_to_have(view: View) -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def penalty(x_B: Tensor, z_B: Tensor) -> Tensor:
+        asked.append((x_B, z_B))
+        return 100 * z_B.square().mean()
+
+    plain = QUICK.attack(view).target
+    made = QUICK.attack(replace(view, knowledge=replace(view.knowledge, penalty=penalty))).target
+    assert len(asked) == STEPS
+    assert not torch.equal(made, plain)
+    first, last = (z_B.square().mean().item() for _, z_B in (asked[0], asked[-1]))
+    assert last < first
 
 
 def test_it_rebuilds_every_record_within_the_known_ones_range_and_ticks(view: View) -> None:
@@ -152,7 +167,7 @@ def test_missing_knowledge_is_one_clear_error(view: View, lacks: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"iterations": 0}, {"width": 0}, {"simulator_weight": -1.0}, {"nopeek": float("inf")}, {"critic_rate": 0.0}],
+    [{"iterations": 0}, {"width": 0}, {"simulator_weight": -1.0}, {"critic_rate": 0.0}],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(AuditError, match=f"sdar: .*{next(iter(settings))} = .*expected"):
