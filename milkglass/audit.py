@@ -5,18 +5,27 @@ Pure: it runs attacks on views and talks to nobody. An attack is handed the view
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Method, Reconstruction
+from milkglass.attacks.base import Attack
+from milkglass.attacks.matching import MatchingGame
 from milkglass.attacks.stack import Stack
-from milkglass.attacks.suite import Runner, Strength, attacks_of, best, from_pairs, membership_attacks
+from milkglass.attacks.suite import (
+    Strength,
+    attacks_of,
+    attribute_probes,
+    best,
+    from_pairs,
+    membership_attacks,
+)
+from milkglass.audit_work import Keeps, Left, Progress, Work
 from milkglass.controls import ControlResult
 from milkglass.errors import AuditError
 from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find, worse
@@ -30,41 +39,6 @@ from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEAS
 MINIMUM_TARGETS: Final = 8
 """With fewer target records nothing is said."""
 PICTURES: Final = 12
-
-
-class Progress(Protocol):
-    """Who watches an audit: pieces of work of the whole, and steps of the one at work."""
-
-    def piece(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` pieces, of about equal rank but not of equal length, are done; `what` comes now."""
-
-    def step(self, done: int, total: int) -> None:
-        """The piece at work has done so many of its steps."""
-
-
-class Keeps(Protocol):
-    """Where results are kept, see kept.py."""
-
-    def reconstruction(self, view: View, attack: Method) -> Reconstruction | None:
-        """What the attack gave on this view, if that is kept."""
-
-    def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:
-        """Keep it."""
-
-    def json(self, view: View | Trial | MembershipTrial, what: str) -> Any:
-        """What was found on this view, if that is kept."""
-
-    def keep_json(self, view: View | Trial | MembershipTrial, what: str, content: Any) -> None:
-        """Keep it."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """An attack that was left out on one exposure, and why."""
-
-    attack: str
-    exposure: str
-    why: str
 
 
 @final
@@ -164,7 +138,7 @@ def audit(
     curved = _curved(suite, strength)
     by_trial = len(from_pairs(suite)) + len(suite)
     guessed = sum(len(trial.attributes) for trial in trials) + (membership is not None)
-    work = _Work(progress, kept, seed, total=len(trials) * by_trial + MADE_FROM_A_TRIAL + 1 + len(curved) + guessed)
+    work = Work(progress, kept, seed, total=len(trials) * by_trial + MADE_FROM_A_TRIAL + 1 + len(curved) + guessed)
 
     findings = [find(trial, suite, source, work.runner) for trial in trials]
     results = try_on_trial(findings[0], suite, source, work.remember)
@@ -202,90 +176,6 @@ def audit(
     )
 
 
-@final
-class _Work:
-    """Counts pieces of work for a progress bar, and runs each attack only if its result is not kept already."""
-
-    def __init__(self, progress: Progress | None, kept: Keeps | None, seed: int, total: int) -> None:
-        self._progress, self._kept, self._done, self._total = progress, kept, 0, total
-        self._seed = seed
-        self.left: list[Left] = []
-        self.failed: set[str] = set()
-
-    def now(self, what: str) -> None:
-        """Say what comes now; it is one piece of work."""
-        if self._progress is not None:
-            self._progress.piece(min(self._done, self._total), self._total, what)
-        self._done += 1
-
-    def tick(self, done: int, total: int) -> None:
-        """How far the piece at work has come."""
-        if self._progress is not None:
-            self._progress.step(done, total)
-
-    def runner(self, on: str) -> Runner:
-        """What runs an attack; each is a piece of work."""
-
-        def announced(attack: Attack, view: View) -> Reconstruction:
-            self.now(f"{on}: {attack.name}")
-            return self.run(attack, view)
-
-        return announced
-
-    def run(self, attack: Attack, view: View) -> Reconstruction:
-        """Run an attack, as a part of a piece of work, or bring back what it gave."""
-        attack.check(view)
-        if self._kept is None:
-            return attack.attack(view, self.tick)
-        made = self._kept.reconstruction(view, attack)
-        if made is None:
-            made = attack.attack(view, self.tick)
-            self._kept.keep_reconstruction(view, attack, made)
-        return made
-
-    def remember(self, what: str, view: View, compute: Callable[[], float]) -> float:
-        """The number, computed or brought back; a piece of work."""
-        self.now(what.split(" control")[0] + " control")
-        if self._kept is None:
-            return compute()
-        value: object = self._kept.json(view, what)
-        if not isinstance(value, float):
-            value = compute()
-            self._kept.keep_json(view, what, value)
-        return value
-
-    def rows(
-        self,
-        what: str,
-        exposure: str,
-        trial: Trial | MembershipTrial,
-        compute: Callable[[], Sequence[InferenceScore]],
-        measures: Sequence[str],
-    ) -> Sequence[InferenceScore]:
-        """Scored rows, computed or brought back; none where it cannot be done: that, and why, is remembered."""
-        kept = None if self._kept is None else self._kept.json(trial, f"{what}, seed {self._seed}")
-        if isinstance(kept, list):
-            return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept]
-        try:
-            made = compute()
-        except AuditError as error:
-            self.leave_out(what, str(error), exposure)
-            self.failed.update(measures)
-            return []
-        if self._kept is not None and made:
-            self._kept.keep_json(trial, f"{what}, seed {self._seed}", [row.to_dict() for row in made])
-        return made
-
-    def leave_out(self, attack: str, why: str, exposure: str = "fresh") -> None:
-        """Remember that an attack was left out, and why."""
-        self.left.append(Left(attack, exposure, why))
-
-    def close(self) -> None:
-        """Say that all is done."""
-        if self._progress is not None:
-            self._progress.piece(self._total, self._total, "done")
-
-
 def _curved(suite: Sequence[Attack], strength: Strength) -> list[Attack]:
     """Those whose error is drawn against the number of pairs: the quick ones by default, all when thorough."""
     if strength == "quick":
@@ -293,7 +183,7 @@ def _curved(suite: Sequence[Attack], strength: Strength) -> list[Attack]:
     return [a for a in from_pairs(suite) if "pairs" in a.knows and (not a.learned or strength == "thorough")]
 
 
-def _curves(finding: Finding, attacks: Sequence[Attack], work: _Work) -> list[Curve]:
+def _curves(finding: Finding, attacks: Sequence[Attack], work: Work) -> list[Curve]:
     curves = []
     for attack in attacks:
         work.now(f"{finding.exposure}, fewer pairs: {attack.name}")
@@ -302,7 +192,7 @@ def _curves(finding: Finding, attacks: Sequence[Attack], work: _Work) -> list[Cu
 
 
 def _inferences(
-    findings: Sequence[Finding], membership: MembershipTrial | None, strength: Strength, seed: int, work: _Work
+    findings: Sequence[Finding], membership: MembershipTrial | None, strength: Strength, seed: int, work: Work
 ) -> list[InferenceScore]:
     """What was guessed of the records: their sensitive columns on every exposure, and who was trained on."""
     rows: list[InferenceScore] = []
@@ -311,16 +201,22 @@ def _inferences(
         for name, values in trial.attributes.items():
             work.now(f"{exposure}: attribute {name}")
             alone = replace(trial, attributes={name: values})
-            guess = partial(audit_attributes, alone, seed, work.tick)
-            rows += work.rows(f"attribute {name}", exposure, alone, guess, [f"attribute.{name}"])
+            probes = [  # a training is one, whatever the exposure
+                probe
+                for probe in attribute_probes(strength, seed)
+                if exposure == "fresh" or "training" not in probe.knows
+            ]
+            left = partial(work.leave_out, exposure=exposure)
+            guess = partial(audit_attributes, alone, probes, work.tick, left)
+            rows += work.rows(f"attribute {name}", exposure, alone, guess, [f"attribute.{name}"], probes)
         if strength != "quick":
             game = partial(audit_matching, trial, seed, work.tick)
-            rows += work.rows("matching game", exposure, trial, game, [MATCHING])
+            rows += work.rows(MatchingGame.name, exposure, trial, game, [MATCHING])
     if membership is not None:
         work.now("membership")
         for attack in membership_attacks(strength, seed):
             compute = partial(audit_membership, membership, [attack], seed, work.tick, work.leave_out)
-            rows += work.rows(repr(attack), "fresh", membership, compute, MEMBERSHIP_MEASURES)
+            rows += work.rows(attack.name, "fresh", membership, compute, MEMBERSHIP_MEASURES, attack)
     return rows
 
 

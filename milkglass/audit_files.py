@@ -15,7 +15,7 @@ from typing import Any, Final
 from milkglass.attacks.base import Attack
 from milkglass.attacks.suite import Strength, attacks_of, choose_attacks
 from milkglass.audit import Audit, audit, measurable
-from milkglass.audit import Progress as AuditProgress
+from milkglass.audit_work import Progress as AuditProgress
 from milkglass.errors import AuditError
 from milkglass.kept import Kept
 from milkglass.recorded import NAMES, read_trial

@@ -24,8 +24,8 @@ from milkglass.attacks.suite import (
     best,
     best_of_the_first_rows,
     from_pairs,
-    run_attack,
     run_suite,
+    try_attack,
 )
 from milkglass.errors import AuditError
 from milkglass.leakage.classification import clopper_pearson
@@ -79,7 +79,8 @@ class AttackScore:
 
 @dataclass(frozen=True)
 class Curve:
-    """How an attack does with fewer pairs: mean squared error and peek on test records, by number of known pairs."""
+    """How an attack does with fewer pairs, by number of known pairs: on test records, mean squared error per value
+    (lower = leaks more) and peek (higher = leaks more). A number of pairs at which it failed is left out."""
 
     attack: str
     exposure: str
@@ -123,6 +124,7 @@ class Finding:
         return (
             len(self.trial.truth) >= ENOUGH_TARGETS
             and not self.left_out
+            and not any(skip.broke for skip in self.skipped)
             and all(score.peek.is_finite for score in self.scores)
             and not self.peek.high < BROKEN_BELOW
         )
@@ -133,6 +135,12 @@ class Finding:
             f"{self.exposure}: {score.name} is undertrained, it lost to ridge regression on validation records"
             for score in self.scores
             if score.undertrained
+        ]
+        notes += [
+            f"{self.exposure}: {skip.attack} broke, so there is no verdict" for skip in self.skipped if skip.broke
+        ]
+        notes += [
+            f"{self.exposure}: {run.name}: {run.reconstruction.note}" for run in self.runs if run.reconstruction.note
         ]
         for name in self.left_out:
             notes.append(f"{self.exposure}: {name} is left out, its reconstruction has values that are not finite")
@@ -242,8 +250,8 @@ def attack_curve(finding: Finding, attack: Attack, runner: Runner) -> Curve:
         with_all = (
             next((run for run in finding.runs if run.attack is attack), None) if pairs == len(view.known) else None
         )
-        run = with_all or run_attack(attack, subview(view, pairs), runner)
-        if run.usable and run.complete:
+        run = with_all or try_attack(attack, subview(view, pairs), runner)
+        if isinstance(run, Run) and run.usable and run.complete:
             mse = squared_errors(run.reconstruction.target, truth).mean().item()
             points.append((pairs, mse, 1 - mse / error_entitled))
     counts, errors, peeks = zip(*points, strict=True) if points else ((), (), ())

@@ -75,8 +75,13 @@ class InferenceScore:
         return {**vars(self), "knows": list(self.knows), "details": dict(self.details)}
 
 
-def audit_attributes(trial: Trial, seed: int = 0, tick: Tick = silent) -> tuple[InferenceScore, ...]:
-    """Rows of "attribute.NAME" for every attribute of the trial: each probe, and the better one on the answer alone.
+def audit_attributes(
+    trial: Trial,
+    probes: Sequence[AttributeProbe] = (LinearProbe(), MlpProbe()),
+    tick: Tick = silent,
+    skipped: Skipped = unheard,
+) -> tuple[InferenceScore, ...]:
+    """Rows of "attribute.NAME" for every attribute of the trial: each probe, and the best one on the answer alone.
 
     details: `chosen` is 1 for the row that does best on validation records, which comes first, else 0;
     `balanced_accuracy` and `prior` (0..1), whose difference is the value; `validation`, balanced accuracy there.
@@ -84,21 +89,25 @@ def audit_attributes(trial: Trial, seed: int = 0, tick: Tick = silent) -> tuple[
     Raises AuditError where an attribute has one value only, is not whole numbers from 0 on, or is not in the pairs.
     """
     view = trial.view
-    probes: tuple[AttributeProbe, ...] = (LinearProbe(), MlpProbe(seed=seed))
-    runs = [("", view), (", answer alone", answer_alone(view))]
-    steps = _steps(tick, len(trial.attributes) * len(runs) * len(probes))
+    alone = [probe for probe in probes if set(probe.knows) <= {"pairs"}]
+    runs = [("", view, probes), (", answer alone", answer_alone(view), alone)]
+    steps = _steps(tick, len(trial.attributes) * (len(probes) + len(alone)))
     rows: list[InferenceScore] = []
     for attribute, true_T in trial.attributes.items():
         what = f"attribute {attribute!r} of the target"
         _check_facts(what, true_T)
         made: list[tuple[AttributeProbe, str, AttributeGuess, float]] = []
-        for where, seen in runs:
+        for where, seen, tries in runs:
             tried = []
-            for probe in probes:
-                guess = probe.attack(seen, attribute, next(steps))
+            for probe in tries:
+                try:
+                    guess = probe.attack(seen, attribute, next(steps))
+                except MissingKnowledgeError as error:
+                    skipped(probe.name, str(error))
+                    continue
                 validation = balanced_accuracy(guess.validation_N, view.validation.attributes[attribute])
                 tried.append((probe, where, guess, validation))
-            made += tried if seen is view else [max(tried, key=lambda run: run[3])]
+            made += tried if seen is view else [max(tried, key=lambda run: run[3])] if tried else []
         best_first = sorted(made, key=lambda run: -run[3])
         classes = 1 + max(int(values.max()) for values in (true_T, *(run[2].target_T for run in made)))
         for probe, where, guess, validation in best_first:
@@ -116,11 +125,11 @@ def audit_attributes(trial: Trial, seed: int = 0, tick: Tick = silent) -> tuple[
 def audit_matching(trial: Trial, seed: int = 0, tick: Tick = silent) -> tuple[InferenceScore, ...]:
     """The row of "matching": which of the test records was sent, told by who has the client's weights and all of them.
 
-    Among at most 1,000; none where the view lacks the weights. details: `candidates`, and `chance`, one over that.
+    Among at most 1,000. details: `candidates`, and `chance`, one over that. Raises MissingKnowledgeError where the view
+    lacks the weights.
     """
     game, view = MatchingGame(), trial.view
-    if any(view.lacks(needed) for needed in game.knows):
-        return ()
+    game.check(view)
     count = min(MATCH_AMONG, len(trial.truth))
     order_N = torch.randperm(count, generator=public_source(seed).derive("inference").generator("matching"))
     target = Release(

@@ -37,24 +37,31 @@ class Kept:
 
     def reconstruction(self, view: View, attack: Method) -> Reconstruction | None:
         """What the attack gave on this view; None if that is not kept, or damaged."""
-        if not _may_be_kept(view, attack):
+        if not _may_be_kept(view, repr(attack)):
             return None
         try:
             tensors = safetensors.torch.load_file(self._path(view, repr(attack), "safetensors"))
-            return Reconstruction(tensors["validation"], tensors["target"], float(tensors["seconds"]))
+            note = bytes(tensors["note"].tolist()).decode()
+            return Reconstruction(tensors["validation"], tensors["target"], float(tensors["seconds"]), note)
         except (OSError, SafetensorError, KeyError):
             return None
 
     def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:
         """Write it whole, or not at all."""
-        if not _may_be_kept(view, attack):
+        if not _may_be_kept(view, repr(attack)):
             return
-        seconds = torch.tensor(made.seconds, dtype=torch.float64)
-        tensors = {"validation": made.validation, "target": made.target, "seconds": seconds}
+        tensors = {
+            "validation": made.validation,
+            "target": made.target,
+            "seconds": torch.tensor(made.seconds, dtype=torch.float64),
+            "note": torch.tensor(list(made.note.encode()), dtype=torch.uint8),
+        }
         write_beside(self._path(view, repr(attack), "safetensors"), tensors_as_bytes(tensors))
 
     def json(self, view: AnyView, what: str) -> Any:
         """What was found on this view; None if nothing is kept, or something damaged."""
+        if not _may_be_kept(view, what):
+            return None
         try:
             return json.loads(self._path(view, what, "json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -62,18 +69,21 @@ class Kept:
 
     def keep_json(self, view: AnyView, what: str, content: Any) -> None:
         """Write it whole, or not at all."""
-        write_beside(self._path(view, what, "json"), json.dumps(content).encode())
+        if _may_be_kept(view, what):
+            write_beside(self._path(view, what, "json"), json.dumps(content).encode())
 
     def _path(self, view: AnyView, what: str, suffix: str) -> Path:
         key = hashlib.sha256(f"{_code()} {_digest(view)} {what}".encode()).hexdigest()
         return self._folder / f"{key[:32]}.{suffix}"
 
 
-def _may_be_kept(view: View, attack: Method) -> bool:
+def _may_be_kept(view: AnyView, what: str) -> bool:
     """Not where nothing tells two results apart: a callable without a fingerprint, an attack without a `repr`."""
-    knows = view.knowledge
-    callables = (view.release, knows.client, knows.architecture, knows.server, knows.train, knows.honest_server)
-    return " at 0x" not in repr(attack) and (bool(knows.fingerprint) or not any(callables))
+    seen = view if isinstance(view, View) else view.view
+    knows = seen.knowledge
+    release = seen.release if isinstance(seen, View) else None
+    callables = (release, knows.client, knows.architecture, knows.server, knows.train, knows.honest_server)
+    return " at 0x" not in what and (bool(knows.fingerprint) or not any(callables))
 
 
 @lru_cache(maxsize=4)  # by identity: views are compared by it
@@ -102,7 +112,6 @@ def _add(update: Callable[[bytes | memoryview], None], value: object) -> None:
 def _code() -> str:
     """The versions, and the source of all that a result may come from."""
     content = hashlib.sha256(f"{metadata.version('milkglass')} {torch.__version__}".encode())
-    package = Path(__file__).parent
-    for file in sorted([*package.glob("*.py"), *package.glob("attacks/*.py"), *package.glob("leakage/*.py")]):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         content.update(file.read_bytes())
     return content.hexdigest()

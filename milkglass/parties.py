@@ -165,6 +165,22 @@ class Client(_Party):
         """What this client would send to have records `x` (B, ...) classified: a fresh release, in evaluation mode."""
         return self._release(x, training=False)
 
+    @torch.no_grad()
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """What this client would send for records `x` (B, ...) as a batch of its training, without a trace on it.
+
+        generator: for dropout. The statistics of BatchNorm and the count of noise draws are put back.
+        """
+        own, block = self.generator, self.noise.block
+        buffers = [(buffer, buffer.clone()) for buffer in self.stage.buffers()]
+        self.generator = generator
+        try:
+            return self._release(x, training=True)
+        finally:
+            self.generator, self.noise.block = own, block
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits (B, K), what was sent (B, ...)) for records `x` (B, ...): the cut is crossed as in training."""
         z = self.release(x)

@@ -2,13 +2,15 @@
 
 Two arrays are enough: row by row, what was sent and the record it was sent for.
 
-Legend: N rows, C channels, H height, W width, F values of a flat record, E entitled values a record.
+Legend: N rows, R different records, C channels, H height, W width, F values of a flat record, P values of any record,
+E entitled values a record.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -47,6 +49,9 @@ def trial_from(
 ) -> Trial:
     """A trial from arrays of N rows: the attacker knows 60 % of them, chooses on 10 %, and rebuilds up to 2,000 more.
 
+    Rows of one and the same record, such as its releases in several epochs, stay together: who knows a record's pair
+    has nothing left to rebuild.
+
     activations: (N, ...) numbers. records: pictures (N, H, W), (N, H, W, C) or (N, C, H, W), bytes or numbers, put into
     [0, 1]; or (N, F) numbers, whose columns are standardized. entitled: (N, E) numbers that the receiver was meant to
     learn, such as class probabilities, or (N,) labels. Raises DataError.
@@ -63,10 +68,19 @@ def trial_from(
         raise DataError(f"{where[0]}: {len(activations)} rows are too few to audit; expected at least {FEWEST_ROWS}")
     if (records == records[:1]).all():
         raise DataError(f"{where[1]}: every row is the same; expected different records")
+    record_of_N = _same_records(records)
+    different = int(record_of_N.max()) + 1
+    if different < FEWEST_ROWS:
+        raise DataError(
+            f"{where[1]}: {different} different records are too few to audit; expected at least {FEWEST_ROWS}"
+        )
 
-    order_N = torch.randperm(len(activations), generator=public_source(seed).generator("recorded"))
-    targets, validation = round(TARGET_SHARE * len(order_N)), round(VALIDATION_SHARE * len(order_N))
-    target_T, validation_N, known_N = torch.split(order_N, [targets, validation, len(order_N) - targets - validation])
+    order_R = torch.randperm(different, generator=public_source(seed).generator("recorded"))
+    targets, validation = round(TARGET_SHARE * different), round(VALIDATION_SHARE * different)
+    place_N = order_R.argsort()[record_of_N]
+    rows_N = place_N.argsort(stable=True)
+    ends = [int((place_N < end).sum()) for end in (targets, targets + validation)]
+    target_T, validation_N, known_N = torch.tensor_split(rows_N, ends)
     target_T = target_T[:MOST_TARGETS]
     z = _centered(activations, known_N)
     if bool((z == z[:1]).all()):
@@ -85,7 +99,7 @@ def _read(path: Path) -> Array:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or 'cannot be read'}; expected a .npy file") from None
-    except ValueError as error:
+    except (ValueError, EOFError, BadZipFile, MemoryError) as error:
         if "Object arrays" in str(error) or "pickle" in str(error).lower():
             raise DataError(f"{path}: not a plain .npy array (pickled Python objects are never loaded)") from None
         raise DataError(f"{path}: cannot be read, truncated or not a .npy file") from None
@@ -106,6 +120,13 @@ def _check(array: Array, where: str) -> None:
         largest = float(np.abs(array).max())
         if largest > LARGEST:
             raise DataError(f"{where}: values up to {largest:.3g}; expected at most {LARGEST:g}")
+
+
+def _same_records(records: Array) -> Tensor:
+    """For each row the number of its record, from 0, equal for equal records: (N,)."""
+    flat_NP = np.ascontiguousarray(records.reshape(len(records), -1))
+    _, record_of_N = np.unique(flat_NP.view(np.dtype((np.void, flat_NP[0].nbytes))).ravel(), return_inverse=True)
+    return torch.from_numpy(record_of_N.astype(np.int64))
 
 
 def _centered(activations: Array, known_N: Tensor) -> Tensor:

@@ -187,12 +187,18 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
         client=stage,
         noise_sigma=sum(d.sigma**2 for d in setup.client.defenses if isinstance(d, Noise)) ** 0.5,
         penalty=setup.client.penalty,
+        stride=_stride(recipe),
         architecture=architecture,
         server=setup.server.stage.eval(),
         train=lambda server, steps: drive(recipe, records, private, server, steps),
         honest_server=honest_server,
         fingerprint=weights.hexdigest(),
     )
+
+
+def _stride(recipe: Recipe) -> float | None:
+    training = recipe.training
+    return training.learning_rate / (1 - training.momentum) if training.optimizer == "sgd" else None
 
 
 def _is_rehearsal(run: RunFolder) -> bool:
@@ -235,15 +241,25 @@ def _trial(
 
 
 def _membership(setup: Setup, knowledge: Knowledge) -> MembershipTrial:
-    """As many private training records as test records, and which of them are members."""
+    """As many private training records as others, and which of them are members.
+
+    The others are test records; where these come from a source of their own, records of the pool that the members come
+    from: else two sources would be told apart, not members.
+    """
     client, records = setup.client, setup.records
     members = records.train[client.name]
-    count = min(len(members), len(records.test))
-    first = torch.arange(count)
-    x = torch.cat([members.x[first], records.test.x[first]])
-    y = torch.cat([members.y[first], records.test.y[first]])
     outside_x = torch.cat([records.auxiliary.x, records.validation.x])
     outside_y = torch.cat([records.auxiliary.y, records.validation.y])
+    if records.test_is_separate:
+        taken = min(len(members), len(outside_x) // 3)
+        others_x, outside_x = outside_x[:taken], outside_x[taken:]
+        others_y, outside_y = outside_y[:taken], outside_y[taken:]
+    else:
+        others_x, others_y = records.test.x, records.test.y
+    count = min(len(members), len(others_x))
+    first = torch.arange(count)
+    x = torch.cat([members.x[first], others_x[first]])
+    y = torch.cat([members.y[first], others_y[first]])
     candidates = Release(release_all(client, x), torch.zeros(len(x), 0), y)
     outsiders = Pairs(release_all(client, outside_x), outside_x, torch.zeros(len(outside_x), 0), outside_y)
     return MembershipTrial(MembershipView(candidates, outsiders, knowledge, x), torch.arange(len(x)) < count)
@@ -254,54 +270,72 @@ def _trained_on(
 ) -> tuple[Trial, str]:
     """The training once more, and what the server saw of the private records: means over groups of epochs.
 
-    The attacker's pairs of an epoch are released one by one while it lasts, as the targets cross one by one.
+    The attacker's pairs of an epoch are released one by one while it lasts, in training mode, as the targets cross one
+    by one. A record that was in no batch of a group's epochs (the last, shorter one is dropped) has its mean over the
+    other groups there; one that never crossed is no target.
     """
     recipe, name = run.recipe, run.recipe.parties.clients[0]
     setup = set_up(recipe, _first_key(run), records=records)
     part = records.train[name]
-    count = min(len(part), len(records.test))
-    width = release_all(setup.client, part.x[:1])[0].numel()
+    first = part.x[: min(len(part), len(records.test))]
+    width = release_all(setup.client, first[:1])[0].numel()
     epochs = recipe.training.epochs
     kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
     watch = _Watch(setup.server)
-    transport = LocalTransport(watch)
-    setup.client.transport = transport
+    setup.client.transport = LocalTransport(watch)
     owned = (records.auxiliary, records.validation)
-    draws = public_source(recipe.seed).derive("audit").generator("moments")
+    source = public_source(recipe.seed).derive("audit")
+    draws, dropout = source.generator("moments"), source.generator("dropout")
     moments_of = [torch.randperm(len(own), generator=draws) for own in owned]
-    groups: list[list[Tensor]] = []
-    sizes = [0] * kept
+    seen = [_Seen(len(own), kept) for own in owned]
+    targets = _Seen(len(first), kept)
     for epoch in range(1, epochs + 1):
-        batches = batches_of(setup, epoch)
-        # to begin with, all under the epoch's first weights: a dropped batch leaves some of the targets out
-        seen = [release_all(setup.client, x) for x in (*(own.x for own in owned), part.x[:count])]
+        batches, group = batches_of(setup, epoch), (epoch - 1) * kept // epochs
         for step, rows in enumerate(batches):
-            for sent, own, moments in zip(seen, owned, moments_of, strict=False):
+            for sight, own, moments in zip(seen, owned, moments_of, strict=True):
                 now = (moments % len(batches) == step).nonzero()[:, 0]
-                if len(now):
-                    sent[now] = release_all(setup.client, own.x[now])
+                for rows_B in torch.tensor_split(now, -(-len(now) // len(rows)) or 1):
+                    x_B = own.x[rows_B]
+                    # BatchNorm needs two records
+                    sent = setup.client.rehearse(x_B, dropout) if len(x_B) > 1 else release_all(setup.client, x_B)
+                    sight.add(group, rows_B, sent)
             result = setup.client.step(part.x[rows], part.y[rows])
             progress.batch(epoch, step + 1, len(batches), result)
-            wanted = rows < count
-            seen[-1][rows[wanted]] = watch.last[wanted]
-        group = (epoch - 1) * kept // epochs
-        groups[group:] = [[a + b for a, b in zip(groups[group], seen, strict=True)] if sizes[group] else seen]
-        sizes[group] += 1
-    columns = [[total / size for total in group] for group, size in zip(groups, sizes, strict=True)]
-    known, validation, target = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
-    targets = part.take(torch.arange(count))
-
-    def pairs(sent: Tensor, of: Records) -> Pairs:
-        return Pairs(sent, of.x, entitled(of), of.y, of.attributes)
-
-    view = View(
-        known=pairs(known, records.auxiliary),
-        validation=pairs(validation, records.validation),
-        target=Release(target, entitled(targets), targets.y),
-        exposure="trained-on",
+            wanted = rows < len(first)
+            targets.add(group, rows[wanted], watch.last[wanted])
+    known, validation = (
+        Pairs(sight.means()[0], own.x, entitled(own), own.y, own.attributes)
+        for sight, own in zip(seen, owned, strict=True)
     )
-    note = f"trained-on: {count} private records as they crossed in {epochs} epochs, averaged in {kept} groups"
-    return Trial(view, targets.x, targets.attributes), note
+    means, crossed = targets.means()
+    of = part.take(crossed)
+    view = View(known, validation, Release(means, entitled(of), of.y), exposure="trained-on")
+    note = f"trained-on: {len(of)} private records as they crossed in {epochs} epochs, averaged in {kept} groups"
+    return Trial(view, of.x, of.attributes), note
+
+
+class _Seen:
+    """What was seen of N records: sums of releases, (N, D) a group of epochs, and how many there were."""
+
+    def __init__(self, records: int, groups: int) -> None:
+        self._sums: list[Tensor | None] = [None] * groups
+        self._times_GN = torch.zeros(groups, records)
+
+    def add(self, group: int, rows: Tensor, sent: Tensor) -> None:
+        """One release of each of these records."""
+        sums = self._sums[group]
+        if sums is None:
+            sums = self._sums[group] = torch.zeros(self._times_GN.shape[1], sent[:1].numel(), dtype=sent.dtype)
+        sums[rows] += sent.flatten(1)
+        self._times_GN[group, rows] += 1
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(n, groups * D) means of the n records that were seen at all, and which these are, (n,)."""
+        sums_GND = torch.stack([sums for sums in self._sums if sums is not None])
+        crossed = self._times_GN.sum(0).nonzero()[:, 0]
+        sums_GnD, times_Gn1 = sums_GND[:, crossed], self._times_GN[:, crossed, None]
+        means_GnD = torch.where(times_Gn1 > 0, sums_GnD / times_Gn1.clamp_min(1), sums_GnD.sum(0) / times_Gn1.sum(0))
+        return means_GnD.transpose(0, 1).flatten(1), crossed
 
 
 class _Watch:

@@ -112,6 +112,18 @@ class Driven:
     steps: int
     stopped: str | None = None
 
+    @property
+    def note(self) -> str:
+        """That the training ended early, or left nothing to read; "" where it did not."""
+        if self.stopped:
+            return (
+                f"the client stopped after {self.steps} batches, and what it would have sent then is attacked, so this "
+                f"result rests on its guard: {self.stopped}"
+            )
+        if bool((self.target == self.target[:1]).all()):
+            return "the client ended up sending the same for every record: this training broke it, another may not"
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class Knowledge:
@@ -119,16 +131,19 @@ class Knowledge:
 
     client: the client's trained stage, (N, ...) records -> (N, ...) activations before any noise, differentiable.
     noise_sigma: the standard deviation of the noise that a release adds to that. penalty: (records, what is sent for
-    them) -> the scalar that the client's defense adds to its loss, None where it adds none. architecture: generator ->
-    a client's and a server's stage with untrained weights. server: the server's own stage, trained. train: replays the
-    training of the real client from its first weights against a server of the attacker's, for so many batches,
-    defenses and guards on. honest_server: a server with its first weights, to be held by a passive attacker.
-    fingerprint: changes with anything above, so that results can be kept.
+    them) -> the scalar that the client's defense adds to its loss, None where it adds none. stride: how far the
+    client's optimizer goes for a steady gradient of length 1, learning rate / (1 - momentum) of plain descent; None for
+    one that goes as far whatever the length, such as Adam. architecture: generator -> a client's and a server's stage
+    with untrained weights. server: the server's own stage, trained. train: replays the training of the real client from
+    its first weights against a server of the attacker's, for so many batches, defenses and guards on. honest_server: a
+    server with its first weights, to be held by a passive attacker. fingerprint: changes with anything above, so that
+    results can be kept.
     """
 
     client: Callable[[Tensor], Tensor] | None = None
     noise_sigma: float = 0.0
     penalty: Callable[[Tensor, Tensor], Tensor | None] = lambda _, __: None
+    stride: float | None = None
     architecture: Callable[[torch.Generator], tuple[nn.Module, nn.Module]] | None = None
     server: nn.Module | None = None
     train: Callable[[Responder, int], Driven] | None = None
@@ -281,14 +296,12 @@ def check_view(view: View) -> None:
     for name, pairs in (("known", view.known), ("validation", view.validation)):
         if len(pairs) < MINIMUM_PAIRS:
             raise AuditError(f"the view has {len(pairs)} {name} pairs; an audit needs at least {MINIMUM_PAIRS}")
-    for name, tensor in (
-        ("known activations", view.known.activations),
-        ("known records", view.known.records),
-        ("validation activations", view.validation.activations),
-        ("target activations", view.target.activations),
-    ):
-        if not torch.isfinite(tensor).all():
-            raise AuditError(f"{name}: not all values are finite (NaN or infinity)")
+    for part in ("known", "validation", "target"):
+        rows = getattr(view, part)
+        for what in ("activations", "records", "entitled", "repeats"):
+            tensor = getattr(rows, what, None)  # of its target an attacker has no records
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise AuditError(f"{part} {what}: not all values are finite (NaN or infinity)")
 
 
 def _optional(rows: Pairs | Release) -> list[Tensor]:

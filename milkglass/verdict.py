@@ -68,7 +68,7 @@ def judge(
     """
     if not sound:
         return "inconclusive"
-    if budget is None:
+    if not budget:
         return "no budget set"
     if any(name in measures and measures[name].high > limit for name, limit in budget.items()):
         return "over budget"

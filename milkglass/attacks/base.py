@@ -27,11 +27,13 @@ class Reconstruction:
     """The attacker's guess of the validation records (N, ...) and of the target's records (T, ...).
 
     An attack that optimizes record by record may rebuild only the first of each: (n, ...) and (t, ...), n <= N, t <= T.
+    note: what a reader has to know of how it came about, such as a client that stopped half-way; "" for nothing.
     """
 
     validation: Tensor
     target: Tensor
     seconds: float
+    note: str = ""
 
 
 class Method(ABC):

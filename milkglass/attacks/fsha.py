@@ -1,7 +1,6 @@
 """Feature-space hijacking: a hostile server that trains the client to send what it can read.
 
-Legend: B batch, N auxiliary records, T targets, D activation values a record, P values a record, G values of the
-attribute, A channels, h, w height and width of activation maps.
+Legend: B batch, N auxiliary records, T targets, G values of the attribute.
 
 After Pasquini, Ateniese and Bernaschi, "Unleashing the tiger: inference attacks on split learning" (CCS 2021, arXiv
 2012.02670). The server has a *pilot*, a client of its own, and a *head* that reads records (or an attribute) from what
@@ -31,8 +30,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import ClassVar, Final, cast, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +39,7 @@ from torch.nn import functional as F
 from milkglass.attacks.attributes import AttributeGuess, AttributeProbe
 from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import as_records
+from milkglass.attacks.fsha_networks import classifier, critic_of, decoder
 from milkglass.errors import AuditError, MessageError, nearest
 from milkglass.messages import Message
 from milkglass.randomness import drawing_from, public_source
@@ -56,7 +55,8 @@ HEAD_BLUR: Final = 0.3
 comes close to the pilot and never meets it."""
 LAST_LENGTH: Final = 0.02
 """Over the second half of the batches the gradient falls to this part of its length."""
-PLACE_MAPS: Final = 4
+SURVIVED: Final = 0.02
+"""How far a client that descends plainly may be pushed at a time; ten times as far, and none of its units were left."""
 OVER_PENALTY: Final = 100.0
 """The hijacker's gradient over that of a penalty which the client is known to have."""
 
@@ -67,8 +67,9 @@ class Plan:
 
     iterations: batches that the client trains meanwhile. head_start: batches of 64 that pilot and head train before.
     loss_scale: multiplies the gradient that is sent; at 1 a record's is of length 1 / B (root mean square), no shorter
-    than an honest one. None: 1, or as much as drowns the client's own penalty, where it is known. penalty: weight of
-    the critic's squared gradient. width: channels of critic and head, an eighth of their units where there are no maps.
+    than an honest one. None: 1, or as much as drowns the client's own penalty, where that is known; for a client that
+    descends plainly as much as it survives. penalty: weight of the critic's squared gradient. width: channels of critic
+    and head, an eighth of their units where there are no maps.
     """
 
     iterations: int = 1000
@@ -97,7 +98,7 @@ class FsHijack(Attack):
     """Rebuilds records from what a hijacked client sends.
 
     An adaptive optimizer feels `loss_scale` only against a penalty; plain gradient descent takes it for a learning
-    rate. The settings are those of `Plan`.
+    rate, and a client that is pushed too hard sends the same for every record. The settings are those of `Plan`.
     """
 
     name: ClassVar[str] = "fsha"
@@ -118,15 +119,15 @@ class FsHijack(Attack):
         start = time.perf_counter()
         self.check(view)
         records = view.known.records
-        made = hijack(
+        validation, target, note = hijack(
             view,
             self._plan,
             lambda sent: decoder(sent, records.mean(0), self._plan.width),
             lambda guess_B, rows_B: F.mse_loss(guess_B, records[rows_B]),
             tick,
         )
-        validation, target = (as_records(rows.flatten(1), view) for rows in made)
-        return Reconstruction(validation, target, time.perf_counter() - start)
+        made = [as_records(rows.flatten(1), view) for rows in (validation, target)]
+        return Reconstruction(made[0], made[1], time.perf_counter() - start, note)
 
 
 @final
@@ -152,7 +153,7 @@ class FsAttribute(AttributeProbe):
             hint = nearest(attribute, view.known.attributes)
             raise AuditError(f"attribute {attribute!r}: the known pairs do not have it; {hint or 'they have none'}")
         values_G, of_N = torch.unique(view.known.attributes[attribute], return_inverse=True)
-        validation, target = hijack(
+        validation, target, _ = hijack(
             view,
             self._plan,
             lambda sent: classifier(sent, len(values_G), self._plan.width),
@@ -168,11 +169,11 @@ def hijack(
     head_of: Callable[[torch.Size], nn.Module],
     loss: Callable[[Tensor, Tensor], Tensor],
     tick: Tick,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, str]:
     """What the head reads from the hijacked client's releases of the validation (N, ...) and target records (T, ...).
 
     head_of: a head for activations of that shape. loss: (what the head says of a batch, rows of the auxiliary records)
-    -> scalar. A client whose guard stops the training is read as it was then.
+    -> scalar. A client whose guard stops the training is read as it was then, and the third value says so.
     """
     knows, records = view.knowledge, view.known.records
     assert knows.architecture is not None
@@ -186,7 +187,9 @@ def hijack(
     generator = source.generator("training")
     with drawing_from(generator):
         wanted_N = fit_head(pilot, head, records, loss, knows.noise_sigma, plan.head_start, lambda at: tick(at, total))
-    scale = plan.loss_scale or scale_over(knows.penalty, records, wanted_N)
+    scale = plan.loss_scale or (
+        scale_over(knows.penalty, records, wanted_N) if knows.stride is None else SURVIVED / knows.stride
+    )
     server = Hijacker(
         wanted_N,
         critic,
@@ -196,7 +199,7 @@ def hijack(
         lambda done: tick(plan.head_start + done, total),
     )
     driven = knows.train(server, plan.iterations)
-    return _in_parts(head, driven.validation), _in_parts(head, driven.target)
+    return _in_parts(head, driven.validation), _in_parts(head, driven.target), driven.note
 
 
 def scale_over(penalty: Callable[[Tensor, Tensor], Tensor | None], records_N: Tensor, wanted_N: Tensor) -> float:
@@ -210,7 +213,7 @@ def scale_over(penalty: Callable[[Tensor, Tensor], Tensor | None], records_N: Te
     if value is None or not value.requires_grad:
         return 1.0
     (pull_B,) = torch.autograd.grad(value, z_B)
-    return max(1.0, OVER_PENALTY * pull_B.norm().item() * math.sqrt(len(z_B)))
+    return max(1.0, float(OVER_PENALTY * pull_B.norm() * len(z_B) ** 0.5))
 
 
 def fit_head(
@@ -326,95 +329,3 @@ def _doubt(opinions: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def _in_parts(module: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat([module(part) for part in torch.split(rows, 8 * BATCH)])
-
-
-def decoder(sent: torch.Size, mean: Tensor, width: int) -> nn.Module:
-    """(B, *sent) activations -> records (B, ...), starting from the mean record."""
-    if len(sent) == 3 and mean.ndim == 3:
-        return _PictureDecoder(sent, mean, width)
-    return _FlatDecoder(sent, mean, 8 * width)
-
-
-def classifier(sent: torch.Size, values: int, width: int) -> nn.Module:
-    """(B, *sent) activations -> logits (B, G)."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(sent.numel(), 8 * width), nn.GELU(), nn.Linear(8 * width, values))
-
-
-def critic_of(sent: torch.Size, width: int) -> nn.Module:
-    """(B, *sent) activations -> opinions; the first is on the whole, (B, 1)."""
-    return _MapCritic(sent, width) if len(sent) == 3 else _FlatCritic(sent, 8 * width)
-
-
-@final
-class _PictureDecoder(nn.Module):
-    """(B, A, h, w) activations -> (B, C, H, W): all the work is done at the maps' size."""
-
-    def __init__(self, sent: torch.Size, mean: Tensor, width: int) -> None:
-        super().__init__()
-        channels, height, side = mean.shape
-        self.fold = max(math.ceil(height / sent[1]), math.ceil(side / sent[2]))
-        self.first = nn.Conv2d(sent[0], width, 3, padding=1)
-        self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.last = nn.Conv2d(width, channels * self.fold**2, 3, padding=1)
-        self.mean = nn.Buffer(mean)
-
-    def forward(self, z_BAhw: Tensor) -> Tensor:
-        h = self.first(z_BAhw)
-        for layer in self.middle:
-            h = h + layer(F.gelu(h))
-        added = F.pixel_shuffle(self.last(F.gelu(h)), self.fold)
-        size = self.mean.shape[1:]
-        return self.mean + (added if added.shape[2:] == size else F.interpolate(added, size=size))
-
-
-@final
-class _FlatDecoder(nn.Module):
-    """(B, ...) activations -> (B, ...) records."""
-
-    def __init__(self, sent: torch.Size, mean: Tensor, hidden: int) -> None:
-        super().__init__()
-        widths = sent.numel(), hidden, hidden
-        layers = [nn.Sequential(nn.Linear(*pair), nn.GELU()) for pair in pairwise(widths)]
-        last = nn.Linear(hidden, mean.numel()), nn.Unflatten(1, tuple(mean.shape))
-        self.layers = nn.Sequential(nn.Flatten(), *layers, *last)
-        self.mean = nn.Buffer(mean)
-
-    def forward(self, z_B: Tensor) -> Tensor:
-        return cast(Tensor, self.mean + self.layers(z_B))
-
-
-@final
-class _MapCritic(nn.Module):
-    """(B, A, h, w) -> opinions on the whole (B, 1) and on each place (B, places). It knows which place it looks at."""
-
-    def __init__(self, sent: torch.Size, width: int) -> None:
-        super().__init__()
-        self.place = nn.Parameter(torch.randn(1, PLACE_MAPS, *sent[1:]) / 2)
-        self.first = nn.Conv2d(sent[0] + PLACE_MAPS, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.third = nn.Conv2d(width, width, 3, padding=1)
-        self.each = nn.Conv2d(width, 1, 1)
-        places = math.ceil(sent[1] / 2) * math.ceil(sent[2] / 2)
-        self.whole = nn.Sequential(
-            nn.Flatten(), nn.Linear(width * places, 2 * width), nn.LeakyReLU(0.2), nn.Linear(2 * width, 1)
-        )
-
-    def forward(self, z_BAhw: Tensor) -> list[Tensor]:
-        placed = torch.cat([z_BAhw, self.place.expand(len(z_BAhw), -1, -1, -1)], dim=1)
-        h = F.leaky_relu(self.second(F.leaky_relu(self.first(placed), 0.2)), 0.2)
-        h = F.leaky_relu(h + self.third(h), 0.2)
-        return [self.whole(h), self.each(h).flatten(1)]
-
-
-@final
-class _FlatCritic(nn.Module):
-    """(B, ...) -> one opinion (B, 1)."""
-
-    def __init__(self, sent: torch.Size, hidden: int) -> None:
-        super().__init__()
-        widths = sent.numel(), hidden, hidden
-        layers = [nn.Sequential(nn.Linear(*pair), nn.LeakyReLU(0.2)) for pair in pairwise(widths)]
-        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden, 1))
-
-    def forward(self, z_B: Tensor) -> list[Tensor]:
-        return [self.layers(z_B)]

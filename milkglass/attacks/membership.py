@@ -210,6 +210,8 @@ class Lira(MembershipAttack):
         with drawing_from(generator):  # dropout
             for _ in range(self._epochs):
                 for rows_B in torch.split(torch.randperm(len(x_N)), BATCH):
+                    if len(rows_B) == 1:  # BatchNorm needs two
+                        continue
                     loss = F.cross_entropy(network(x_N[rows_B]), labels_N[rows_B])
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -246,7 +248,7 @@ def _discriminant(z_ND: Tensor, labels_N: Tensor, classes: int) -> tuple[Tensor,
     present_P, of_N, count_P = torch.unique(labels_N, return_inverse=True, return_counts=True)
     mean_PD = torch.zeros(len(present_P), z_ND.shape[1], dtype=torch.float64).index_add_(0, of_N, z_ND)
     mean_PD /= count_P[:, None]
-    weights_DP = torch.cholesky_solve(mean_PD.T, torch.linalg.cholesky(_shrunk_covariance(z_ND - mean_PD[of_N])))
+    weights_DP = _solved_by_shrunk_covariance(z_ND - mean_PD[of_N], mean_PD.T)
     weights_DK = torch.zeros(z_ND.shape[1], classes, dtype=torch.float64)
     bias_K = torch.full((classes,), ABSENT, dtype=torch.float64)
     weights_DK[:, present_P] = weights_DP
@@ -254,16 +256,22 @@ def _discriminant(z_ND: Tensor, labels_N: Tensor, classes: int) -> tuple[Tensor,
     return weights_DK, bias_K
 
 
-def _shrunk_covariance(centered_ND: Tensor) -> Tensor:
-    """The covariance (D, D), shrunk towards a multiple of the identity (oracle approximating shrinkage).
+def _solved_by_shrunk_covariance(centered_ND: Tensor, means_DP: Tensor) -> Tensor:
+    """The covariance's inverse times `means_DP`, (D, P); the covariance is shrunk towards a multiple of the identity.
 
-    scikit-learn has it, at several times the cost of the one product that it takes.
+    Oracle approximating shrinkage; scikit-learn has it, at several times the cost of the one product that it takes. By
+    the smaller of the two products, (D, D) or (N, N) and the Woodbury identity: D may be in the hundred thousands.
     """
     count, width = centered_ND.shape
-    covariance_DD = centered_ND.T @ centered_ND / count
-    mean, square = covariance_DD.diagonal().mean().item(), covariance_DD.square().mean().item()
+    wide = width > count
+    product = centered_ND @ centered_ND.T if wide else centered_ND.T @ centered_ND
+    mean, square = product.trace().item() / count / width, product.square().sum().item() / (count * width) ** 2
     over = (count + 1) * (square - mean**2 / width)
     share = min(1.0, (square + mean**2) / over) if over > 0 else 1.0
-    covariance_DD *= 1 - share
-    covariance_DD.diagonal().add_(share * mean + 1e-9 * mean or 1.0)  # no spread at all: any multiple will do
-    return covariance_DD
+    within, floor = (1 - share) / count, share * mean + 1e-9 * mean or 1.0  # no spread at all: any multiple will do
+    factor = torch.linalg.cholesky(within * product + floor * torch.eye(len(product), dtype=product.dtype))
+    if not wide:
+        return torch.cholesky_solve(means_DP, factor)
+    inner_NP = torch.cholesky_solve(centered_ND @ means_DP, factor)
+    solved_DP: Tensor = (means_DP - within * centered_ND.T @ inner_NP) / floor
+    return solved_DP

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.decoder import Decoder
 from milkglass.errors import AuditError
-from milkglass.randomness import public_source
+from milkglass.randomness import drawing_from, public_source
 from milkglass.transcript import Known, Pairs, Release, View
 
 BATCH: Final = 128
@@ -85,10 +85,11 @@ class Shadow(Attack):
             return shadow.eval()
         optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._steps)
-        generator = source.generator("batches")
+        generator, draws = source.generator("batches"), source.generator("training")
         for _ in range(self._steps):
             rows_B = torch.randint(len(labels), (BATCH,), generator=generator)
-            z_B = shadow(view.known.records[rows_B])
+            with drawing_from(draws):  # dropout
+                z_B = shadow(view.known.records[rows_B])
             loss = F.cross_entropy(server(z_B), labels[rows_B])
             loss = loss + self._moments * moments.mismatch(z_B, labels[rows_B])
             for weight, slope in zip(weights, torch.autograd.grad(loss, weights), strict=True):

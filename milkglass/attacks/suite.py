@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from milkglass.attacks.base import Attack, Reconstruction
+from milkglass.attacks.attributes import AttributeProbe, LinearProbe, MlpProbe
+from milkglass.attacks.base import Attack, Method, Reconstruction
 from milkglass.attacks.decoder import Decoder
 from milkglass.attacks.deep_image_prior import DeepImagePrior
 from milkglass.attacks.defense_aware import DefenseAware
-from milkglass.attacks.fsha import FsHijack
+from milkglass.attacks.fsha import FsAttribute, FsHijack
 from milkglass.attacks.fsha import Plan as FshaPlan
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.likelihood import LikelihoodFromGrey, LikelihoodFromRidge
@@ -39,6 +40,8 @@ Runner = Callable[[Attack, View], Reconstruction]
 """Runs an attack on a view, or brings back what it gave before."""
 
 FROM_PAIRS: Final[frozenset[Known]] = frozenset({"pairs", "records"})
+FAILURES: Final = (AuditError, MemoryError, RuntimeError, ValueError, ArithmeticError)
+"""What an attack may end with: AuditError where it does not apply; torch, numpy and scikit-learn raise the others."""
 
 
 def attacks_of(strength: Strength, seed: int = 0) -> tuple[Attack, ...]:
@@ -57,6 +60,7 @@ def attacks_of(strength: Strength, seed: int = 0) -> tuple[Attack, ...]:
         return default
     return (
         *default,
+        Decoder(width=8, seed=seed),
         Decoder(steps=2000, width=64, seed=seed),
         LikelihoodFromGrey(),
         DeepImagePrior(seed=seed),
@@ -71,6 +75,12 @@ def membership_attacks(strength: Strength, seed: int = 0) -> tuple[MembershipAtt
     """Who was trained on: by loss and by distance to the class; with shadow networks when thorough."""
     attacks: tuple[MembershipAttack, ...] = (ClassDistance(seed), LossThreshold())
     return (*attacks, Lira(seed=seed)) if strength == "thorough" else attacks
+
+
+def attribute_probes(strength: Strength, seed: int = 0) -> tuple[AttributeProbe, ...]:
+    """Which sensitive value a record has: from what crosses, and from what a hijacked client sends when thorough."""
+    probes: tuple[AttributeProbe, ...] = (LinearProbe(), MlpProbe(seed=seed))
+    return (*probes, FsAttribute(FshaPlan(seed=seed))) if strength == "thorough" else probes
 
 
 def choose_attacks(names: Iterable[str], attacks: Sequence[Attack]) -> tuple[Attack, ...]:
@@ -125,10 +135,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An attack that was not run, and why."""
+    """An attack that gave nothing, and why. broke: not that it does not apply here, but in the middle of its work."""
 
     attack: str
     why: str
+    broke: bool
+
+    @classmethod
+    def by(cls, attack: Method, error: BaseException) -> Self:
+        """After what it ended with."""
+        lines = str(error).splitlines() or [type(error).__name__]
+        return cls(attack.name, lines[0], broke=not isinstance(error, AuditError))
 
 
 def straight(attack: Attack, view: View) -> Reconstruction:
@@ -136,9 +153,13 @@ def straight(attack: Attack, view: View) -> Reconstruction:
     return attack.attack(view)
 
 
-def run_attack(attack: Attack, view: View, runner: Runner = straight) -> Run:
-    """Run it, and see that it gives what an attack has to give."""
-    return _judged(attack, view, runner(attack, view), attack.knows)
+def try_attack(attack: Attack, view: View, runner: Runner = straight) -> Run | Skipped:
+    """Run it, and see that it gives what an attack has to give; one that fails is no reason to end an audit."""
+    try:
+        made = runner(attack, view)
+    except FAILURES as error:
+        return Skipped.by(attack, error)
+    return _judged(attack, view, made, attack.knows)
 
 
 def _judged(attack: Attack, view: View, made: Reconstruction, knows: tuple[Known, ...]) -> Run:
@@ -171,15 +192,14 @@ def run_suite(
     runs: list[Run] = []
     skipped: list[Skipped] = []
     for attack in suite:
-        try:
-            made = runner(attack, view)
-        except (AuditError, MemoryError, RuntimeError) as error:  # torch's errors are of the last kind
-            skipped.append(Skipped(attack.name, str(error).splitlines()[0]))
+        run = try_attack(attack, view, runner)
+        if isinstance(run, Skipped):
+            skipped.append(run)
             continue
-        run = _judged(attack, view, made, attack.knows)
         if run.usable and not run.may_be_stacked:
             # weights come from validation pairs, so that is known as well
-            run = _judged(attack, view, _with_answer(view, made, members), _union(attack.knows, ("pairs",)))
+            combined = _with_answer(view, run.reconstruction, members)
+            run = _judged(attack, view, combined, _union(attack.knows, ("pairs",)))
         runs.append(run)
     together = [run for run in (*runs, *members) if run.may_be_stacked]
     if not together:
@@ -207,7 +227,7 @@ def _with_answer(view: View, made: Reconstruction, members: Sequence[Run]) -> Re
         for member in members
         if member.may_be_stacked
     ]
-    return replace(combine(rows, [made, *alone]), seconds=made.seconds) if alone else made
+    return replace(combine(rows, [made, *alone]), seconds=made.seconds, note=made.note) if alone else made
 
 
 def best(runs: Sequence[Run]) -> Run:
@@ -241,7 +261,10 @@ def until(
     runs: list[Run] = []
     value = 0.0  # where nothing was rebuilt: no control passes with it
     for attack in suite:
-        runs.append(run_attack(attack, view, runner))
+        run = try_attack(attack, view, runner)
+        if isinstance(run, Skipped):
+            continue
+        runs.append(run)
         if best(runs).usable:
             measured = measure(best(runs))
             value = measured if math.isfinite(measured) else value

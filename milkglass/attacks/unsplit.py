@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.features import as_records
 from milkglass.errors import AuditError
-from milkglass.randomness import public_source
+from milkglass.randomness import drawing_from, public_source
 from milkglass.transcript import Known, View
 
 RECORD_RATE: Final = 0.02
@@ -89,6 +89,7 @@ class UnSplit(Attack):
         assert architecture is not None  # checked before
         source = public_source(self._seed).derive("unsplit", number)
         clone, _ = architecture(source.generator("clone"))
+        draws = source.generator("training")
         known = view.known.records
         low, high = known.min().item(), known.max().item()
         shape = known.shape[1:]
@@ -100,7 +101,8 @@ class UnSplit(Attack):
         )
         unit = sent_B.var().clamp_min(torch.finfo(sent_B.dtype).tiny)
         for step in range(1, self._steps + 1):
-            loss = F.mse_loss(clone(x_B), sent_B) / unit
+            with drawing_from(draws):  # dropout
+                loss = F.mse_loss(clone(x_B), sent_B) / unit
             if len(shape) == 3:
                 spread = x_B.std().clamp_min(1e-3 * (high - low))
                 loss = loss + self._smoothness * total_variation(x_B) / spread

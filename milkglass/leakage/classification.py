@@ -18,14 +18,14 @@ Z: Final = 1.959963984540054
 """Of a two-sided 95 % normal interval."""
 
 
-def clopper_pearson(successes: int, trials: int) -> Estimate:
-    """A proportion and its exact 95 % interval (Clopper and Pearson 1934), which holds the truth at least that often.
+def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
+    """A proportion and its exact interval (Clopper and Pearson 1934), which holds the truth at least that often.
 
     Raises AuditError where there are no trials, or more successes than trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise AuditError(f"proportion: {successes} of {trials}; expected 0 to n of n, n at least 1")
-    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="exact")
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="exact")
     return Estimate(successes / trials, float(interval.low), float(interval.high))
 
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import beta, rankdata
 from torch import Tensor
 
 from milkglass.errors import AuditError
 from milkglass.leakage.classification import Z, clopper_pearson
 from milkglass.leakage.estimate import Estimate
+
+QUARTER: Final = 0.0125
+"""Of 5 %: each end of an interval may be wrong for the threshold's sake, and for the share's."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ def true_positive_rate(member_M: Tensor, other_O: Tensor, calibration_N: Tensor,
     """The share of members called so by a threshold that calls about `rate` of all non-members so.
 
     The threshold is the floor(rate * (N + 1))-th highest of `calibration_N`, scores of non-members that are not counted
-    again: a new non-member then lies above it with chance `rate` at most. Intervals are Clopper and Pearson's, for this
-    threshold.
+    again: a new non-member then lies above it with chance `rate` at most. The interval of `false` is Clopper and
+    Pearson's, for this threshold. That of `true` is for the rate: few non-members pin down no threshold, so its upper
+    end is Clopper and Pearson's at one that surely calls more than `rate` of them so, its lower end at one that surely
+    calls less, each error a quarter of 5 %.
 
     Raises AuditError where N is too small for the rate, and for scores that are not finite.
     """
@@ -93,12 +99,19 @@ def true_positive_rate(member_M: Tensor, other_O: Tensor, calibration_N: Tensor,
         )
     if not all(bool(torch.isfinite(scores).all()) for scores in (member_M, other_O, calibration_N)):
         raise AuditError(f"true positive rate at {rate:g}: not all scores are finite (NaN or infinity)")
-    threshold = calibration_N.to(torch.float64).topk(above).values[-1].item()
-    true, false = (
-        clopper_pearson(int((scores.to(torch.float64) > threshold).sum()), len(scores))
-        for scores in (member_M, other_O)
-    )
-    return TruePositives(true, false, threshold)
+    highest_N = calibration_N.to(torch.float64).sort(descending=True).values
+
+    def found(scores: Tensor, rank: int, confidence: float = 0.95) -> Estimate:
+        """The share of the scores above the rank-th highest of the calibration's."""
+        return clopper_pearson(int((scores.to(torch.float64) > highest_N[rank - 1]).sum()), len(scores), confidence)
+
+    rank_N = np.arange(1, len(highest_N) + 1)
+    at_most_N = beta.cdf(rate, rank_N, rank_N[::-1])  # the chance that the rank-th lets at most `rate` pass
+    surely_less, surely_more = rank_N[at_most_N >= 1 - QUARTER], rank_N[at_most_N <= QUARTER]
+    low = found(member_M, int(surely_less[-1]), 1 - 2 * QUARTER).low if len(surely_less) else 0.0
+    high = found(member_M, int(surely_more[0]), 1 - 2 * QUARTER).high if len(surely_more) else 1.0
+    true = Estimate(found(member_M, above).value, low, high)
+    return TruePositives(true, found(other_O, above), highest_N[above - 1].item())
 
 
 def _margins(scores_TK: Tensor) -> Tensor:

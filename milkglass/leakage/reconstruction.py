@@ -9,6 +9,7 @@ import math
 from typing import Final
 
 import torch
+from scipy.stats import norm, t
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -38,9 +39,10 @@ def peek(
 
     1 = the raw record, 0 = nothing beyond what the receiver is entitled to.
 
-    The interval is the 2.5 % and 97.5 % quantile of peek over resampled test records, both errors of a record drawn
-    together (Efron and Tibshirani 1993, section 13.3). It holds for the fitted attacks: that they were fitted on these
-    known pairs and not on others is not in it.
+    The interval is made of quantiles of peek over resampled test records, both errors of a record drawn together (Efron
+    and Tibshirani 1993, section 13.3). They are the 2.5 % and 97.5 % ones for many records, and further out for few,
+    where these lie too close together (Hesterberg 2015, section 3.3). It holds for the fitted attacks: that they were
+    fitted on these known pairs and not on others is not in it.
     """
     if attack_errors_T.shape != entitled_errors_T.shape or attack_errors_T.ndim != 1 or not len(attack_errors_T):
         raise AuditError(
@@ -56,8 +58,7 @@ def peek(
         rows_RT = torch.randint(count, (min(step, resamples - done), count), generator=generator)
         # a resample of records that the entitled baseline rebuilds exactly has no ratio of its own
         ratios.append(attack_T[rows_RT].mean(1) / entitled_T[rows_RT].mean(1).clamp_min(1e-12))
-    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile(1 - torch.cat(ratios), levels).tolist()
+    low, high = _expanded_interval(1 - torch.cat(ratios), count)
     return Estimate(1 - (attack_T.mean() / entitled_T.mean()).item(), low, high)
 
 
@@ -100,8 +101,17 @@ def mean_interval(values_T: Tensor, generator: torch.Generator, resamples: int =
     for done in range(0, resamples, step := max(1, _RESAMPLES_AT_ONCE // count)):
         rows_RT = torch.randint(count, (min(step, resamples - done), count), generator=generator)
         means.append(values_T.to(torch.float64)[rows_RT].mean(1))
-    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = _expanded_interval(torch.cat(means), count)
     return Estimate(values_T.to(torch.float64).mean().item(), low, high)
+
+
+def _expanded_interval(resampled_R: Tensor, count: int) -> tuple[float, float]:
+    """The ends of a 95 % interval from a statistic of resamples of `count` records, (R,)."""
+    if count < 2:
+        return -math.inf, math.inf  # one record says nothing of others
+    tail = float(norm.cdf(-math.sqrt(count / (count - 1)) * t.ppf(0.975, count - 1)))
+    low, high = torch.quantile(resampled_R, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def match_top1(reconstructions: Tensor, records: Tensor) -> float:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milkglass.attacks.fsha import FsAttribute, FsHijack, Hijacker, Plan, critic_of, decoder
+from milkglass.attacks.fsha import FsAttribute, FsHijack, Hijacker, Plan
+from milkglass.attacks.fsha_networks import critic_of, decoder
 from milkglass.cuts import cut
 from milkglass.data import Deal
 from milkglass.defenses.nopeek import NoPeek
