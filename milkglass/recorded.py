@@ -96,7 +96,8 @@ def trial_from(
 
 def _read(path: Path) -> Array:
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # numpy leaves it open where it is no archive after all
+            array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or 'cannot be read'}; expected a .npy file") from None
     except (ValueError, EOFError, BadZipFile, MemoryError) as error:

@@ -23,7 +23,7 @@ from rich.text import Text
 from milkglass import figures
 from milkglass.errors import RunError
 from milkglass.figures import Row, number
-from milkglass.results import AuditFigures, Baseline, Epoch, RunResults, read_results
+from milkglass.results import AttackFigures, AuditFigures, Baseline, Epoch, RunResults, read_results
 from milkglass.runs import write_beside
 
 __all__ = ["attack_strip", "read_results", "render", "strip_png", "strips", "table", "write_report"]
@@ -33,7 +33,7 @@ def strips(results: Sequence[RunResults]) -> list[list[Row]]:
     """Rows of records, of each run's best reconstruction, of the entitled baseline; a strip per record set."""
     groups: dict[bytes, list[RunResults]] = {}
     for run in results:
-        if run.audit and run.audit.best_attack in run.pictures:
+        if _shown(run):
             groups.setdefault(run.pictures["records"].tobytes(), []).append(run)
     return [_rows(group) for group in groups.values()]
 
@@ -42,14 +42,22 @@ def _rows(group: Sequence[RunResults]) -> list[Row]:
     rows = [_raw(group[0])]
     baselines: list[Row] = []
     for run in group:
-        assert run.audit is not None  # strips() keeps audited runs only
-        best = run.audit.best_attack
-        rows.append(Row(run.name, f"rebuilt by {best}", number(run.audit.peek.value), run.pictures[best]))
+        best = _shown(run)[0]  # strips() keeps only runs that have one
+        rows.append(Row(run.name, f"rebuilt by {best.name}", number(best.peek), run.pictures[best.name]))
         entitled = run.pictures.get("entitled")
         if entitled is not None and not any(np.allclose(entitled, row.records, atol=0.02) for row in baselines):
             detail = run.baseline.row + (f", {run.name}" if baselines else "")
             baselines.append(Row("entitled baseline", detail, "0", entitled))
     return rows + baselines
+
+
+def _shown(run: RunResults) -> list[AttackFigures]:
+    """The attacks that there are pictures of, on the exposure that these are of, best first."""
+    if run.audit is None or "records" not in run.pictures:
+        return []
+    exposures = run.audit.exposures
+    shown = run.audit.pictures_of or max(exposures, key=lambda name: exposures[name].high, default="")
+    return [k for k in run.audit.ranked if k.exposure == shown and k.name in run.pictures]
 
 
 def _raw(run: RunResults) -> Row:
@@ -61,15 +69,12 @@ def _raw(run: RunResults) -> Row:
 def attack_strip(run: RunResults) -> list[Row]:
     """Rows of a run's records, of what each attack rebuilt, best first, and of the entitled baseline.
 
-    The pictures and their peeks are of the worst exposure. Empty where there are no pictures.
+    The pictures and their peeks are of one exposure. Empty where there are no pictures.
     """
     if run.audit is None or "records" not in run.pictures:
         return []
-    exposures = run.audit.exposures
-    worst = run.audit.pictures_of or max(exposures, key=lambda name: exposures[name].high, default="")
-    attacks = [k for k in run.audit.ranked if k.exposure == worst and k.name in run.pictures]
     rows = [_raw(run)]
-    rows += [Row(k.name, f"{worst} records", number(k.peek), run.pictures[k.name]) for k in attacks]
+    rows += [Row(k.name, f"{k.exposure} records", number(k.peek), run.pictures[k.name]) for k in _shown(run)]
     if "entitled" in run.pictures:
         rows.append(Row("entitled baseline", run.baseline.row, "0", run.pictures["entitled"]))
     return rows

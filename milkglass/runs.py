@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from milkglass.errors import RunError
+from milkglass.errors import HijackError, RunError
 from milkglass.recipe import Recipe, first_difference, load_recipe
 
 _VERSIONED = ("milkglass", "torch", "numpy", "scipy", "scikit-learn")
@@ -114,6 +114,12 @@ class RunFolder:
                 f"run folder {self.path}: the records are not those that the run began with; "
                 "expected the same data files, with the same content"
             )
+
+    def check_alarm(self) -> None:
+        """Raise HijackError if a guard of the client stopped this run, until a person has removed its word."""
+        if (self.path / ALARM).exists():
+            said = (self.path / ALARM).read_text("utf-8", errors="replace")
+            raise HijackError(f"{self.path} was stopped by its guard, and {ALARM} must be removed to go on: {said}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -226,6 +232,7 @@ def write_beside(target: Path, content: bytes) -> None:
         raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
 
 
+ALARM = "alarm.txt"
 FINISHED = ("bottom.safetensors", "top.safetensors", "metrics.jsonl", "summary.json")
 
 

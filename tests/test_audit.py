@@ -16,6 +16,7 @@ from milkglass.attacks.features import as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge, fit_ridge
+from milkglass.attacks.suite import STRENGTHS, attacks_of, attribute_probes, membership_attacks
 from milkglass.audit import Audit, audit
 from milkglass.audit_work import Left
 from milkglass.errors import AuditError
@@ -477,3 +478,105 @@ def test_what_leaks_of_an_attribute_counts_with_its_upper_end() -> None:
     measured = kinds[0].measures["attribute.bright"]
     assert 0.1 < measured.low < measured.value < measured.high <= 0.5
     assert {row.measure for row in kinds[0].inferences} == {"attribute.bright"}
+
+
+@final
+class Breaks(Attack):
+    """Ridge regression that breaks on one kind of view."""
+
+    name: ClassVar[str] = "breaks"
+    paper: ClassVar[str] = "none"
+
+    def __init__(self, error: Exception, pairs: int | None = None, values: int | None = None) -> None:
+        self._error, self._pairs, self._values = error, pairs, values
+
+    def attack(self, view: View, tick: Tick = silent) -> Reconstruction:
+        sent = view.known.activations[0].numel()
+        if self._pairs in (None, len(view.known)) and self._values in (None, sent):
+            raise self._error
+        return Ridge().attack(view, tick)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory\nand more"), ValueError("no"), MemoryError(), ZeroDivisionError("zero")]
+)
+def test_an_attack_that_breaks_on_the_real_view_leaves_no_verdict(error: Exception) -> None:
+    found = audit(
+        trial_of(half_open()), attacks=[MeanRecord(), Ridge(), Breaks(error, values=32)], budget={"peek": 0.9}
+    )
+    assert found.verdict == "inconclusive"
+    assert "fresh: breaks broke, so there is no verdict" in found.notes
+    assert [left.attack for left in found.skipped] == ["breaks", "matching game"]
+    assert "\n" not in found.skipped[0].why
+
+
+def test_an_attack_that_does_not_apply_is_left_out_and_the_verdict_stands() -> None:
+    attacks = [MeanRecord(), Ridge(), Breaks(AuditError("not for pictures"), values=32)]
+    found = audit(trial_of(half_open()), attacks=attacks, budget={"peek": 0.9})
+    assert found.verdict == "within budget"
+    assert found.skipped[0].why == "not for pictures"
+
+
+def test_an_attack_that_breaks_on_a_control_or_on_few_pairs_ends_nothing() -> None:
+    broken = Breaks(RuntimeError("breaks"), values=64)  # the identity and the Gaussian door
+    found = audit(trial_of(half_open()), attacks=[broken, Ridge()], budget={"peek": 0.9})
+    assert found.controls["identity"].passed  # by the other one
+    alone = audit(trial_of(half_open()), attacks=[broken], budget={"peek": 0.9})
+    assert alone.verdict == "inconclusive"
+    assert not alone.controls["identity"].passed
+
+    few = audit(trial_of(half_open()), attacks=[Breaks(RuntimeError("breaks"), pairs=50), Ridge()])
+    points = {curve.attack: curve.pairs for curve in few.curves}
+    assert points["ridge"][0] == 50
+    assert points["breaks"] == points["ridge"][1:]
+
+
+def test_curves_fall_with_the_number_of_pairs_and_end_at_the_attack_itself(half: Audit) -> None:
+    by_attack = {curve.attack: curve for curve in half.curves}
+    assert set(by_attack) == {"ridge", "kernel ridge"}  # decoders are drawn when thorough
+    ridge = by_attack["ridge"]
+    assert ridge.pairs[0] == 50
+    assert ridge.pairs[-1] == 300
+    assert ridge.mse[-1] < ridge.mse[0]
+    score = next(score for score in half.attacks if score.name == "ridge")
+    assert ridge.mse[-1] == pytest.approx(score.mse)
+    assert ridge.peek[-1] == pytest.approx(score.peek.value)
+
+
+def test_an_empty_budget_is_none() -> None:
+    assert audit(trial_of(half_open()), attacks=QUICK[:2], budget={}).verdict == "no budget set"
+
+
+@pytest.mark.parametrize("part", ["known", "validation", "target"])
+@pytest.mark.parametrize("what", ["activations", "entitled"])
+def test_values_that_are_not_finite_are_named(part: str, what: str) -> None:
+    trial = trial_of(half_open())
+    rows = getattr(trial.view, part)
+    holed = getattr(rows, what).clone()
+    holed[3, 0] = float("nan")
+    view = replace(trial.view, **{part: replace(rows, **{what: holed})})
+    with pytest.raises(AuditError, match=f"{part} {what}: not all values are finite"):
+        audit(replace(trial, view=view), attacks=QUICK[:2])
+
+
+def test_constant_activations_show_nothing_beyond_the_answer() -> None:
+    found = audit(trial_of(torch.ones(COUNT, 3)), attacks=QUICK[:2], budget={"peek": 0.05})
+    assert abs(found.peek.value) < 0.02
+    assert found.verdict == "within budget"
+
+
+def test_strengths_hold_what_they_promise() -> None:
+    quick, default, thorough = ([attack.name for attack in attacks_of(strength)] for strength in STRENGTHS)
+    assert quick == ["mean record", "nearest neighbor", "ridge", "kernel ridge", "decoder"]
+    assert {*quick, "defense-aware decoder", "likelihood from ridge"} == set(default)
+    assert {"likelihood from grey", "deep image prior", "shadow", "unsplit", "sdar", "fsha"} <= set(thorough)
+    assert {name for name in thorough if name.startswith("decoder")} == {
+        "decoder", "decoder of width 8", "decoder of width 64"
+    }  # fmt: skip
+    assert set(default) < set(thorough)
+    assert [attack.name for attack in membership_attacks("default")] == ["class distance", "loss threshold"]
+    assert membership_attacks("thorough")[-1].name == "lira"
+    assert [probe.name for probe in attribute_probes("quick")] == ["linear probe", "mlp probe"]
+    assert attribute_probes("thorough")[-1].name == "fsha attribute"
+    with pytest.raises(AuditError, match="did you mean 'thorough'"):
+        attacks_of("thorogh")  # type: ignore[arg-type]

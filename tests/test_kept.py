@@ -13,7 +13,7 @@ from milkglass.attacks.base import Attack, Reconstruction, Tick, silent
 from milkglass.attacks.ridge import Ridge
 from milkglass.audit import audit
 from milkglass.kept import Kept
-from milkglass.transcript import Knowledge, Pairs, Release, Trial, View
+from milkglass.transcript import Knowledge, MembershipTrial, MembershipView, Pairs, Release, Trial, View
 
 
 def trial(seed: int = 0) -> Trial:
@@ -124,3 +124,20 @@ def test_nothing_is_kept_where_nothing_tells_two_results_apart(kept: Kept) -> No
     named = replace(asks, knowledge=Knowledge(fingerprint="weights"))
     kept.keep_reconstruction(named, Ridge(), made)
     assert kept.reconstruction(named, Ridge()) is not None
+
+
+def test_a_number_is_not_kept_either_where_nothing_tells_two_servers_apart(kept: Kept) -> None:
+    nothing = torch.zeros(20, 0)
+    candidates, own = Release(nothing, nothing), Pairs(nothing, nothing, nothing)
+    for knows, expected in ((Knowledge(server=torch.nn.Identity()), None), (Knowledge(fingerprint="weights"), 1.0)):
+        game = MembershipTrial(MembershipView(candidates, own, knows), torch.arange(20) < 10)
+        kept.keep_json(game, "auc", 1.0)
+        assert kept.json(game, "auc") == expected
+
+
+def test_what_a_reader_has_to_know_is_kept_with_the_result(kept: Kept) -> None:
+    view = trial().view
+    kept.keep_reconstruction(view, Ridge(), replace(Ridge().attack(view), note="the client stopped – why?"))
+    back = kept.reconstruction(view, Ridge())
+    assert back is not None
+    assert back.note == "the client stopped – why?"

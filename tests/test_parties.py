@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from milkglass.defenses.noise import Noise
 from milkglass.errors import DataError, HijackError, MessageError, MilkglassError
 from milkglass.guards import HijackGuard
 from milkglass.messages import Kind, Message
 from milkglass.parties import Client, Server
-from milkglass.randomness import Source, public_source
+from milkglass.randomness import Source, drawing_from, public_source
 from milkglass.transports.local import LocalTransport
 from milkglass.transports.wrappers import RecordingTransport
 from tests.helpers import KEY
@@ -219,3 +220,22 @@ def test_a_hijacker_is_refused_whatever_it_claims() -> None:
         assert transport.traffic.messages == 2 * (client.steps + 1), "the last message is the one that told"
         said.append(str(caught.value))
     assert said[0] == said[1], "gradients alone count"
+
+
+def test_a_rehearsal_shows_what_training_would_send_and_leaves_no_trace() -> None:
+    def client_of() -> Client:
+        with drawing_from(public_source(0).generator("w")):
+            stage = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+            server = Server(nn.Linear(3, 3), None)
+        return Client(stage, _sgd(stage), LocalTransport(server), defenses=[Noise(0.1)], source=Source(KEY))
+
+    plain, rehearsed = client_of(), client_of()
+    sent = [rehearsed.rehearse(X, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(sent[0], sent[1])
+    assert not torch.equal(sent[0], sent[2])  # dropout is on, from the generator that was given
+    assert not torch.equal(sent[0], rehearsed.release(X))
+    rehearsed.noise.block = plain.noise.block
+    plain.step(X, Y)
+    rehearsed.step(X, Y)
+    before, after = plain.state(), rehearsed.state()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -121,3 +121,28 @@ def test_what_all_activations_have_in_common_hides_nothing() -> None:
     plain, lifted = trial_from(records, records), trial_from(records + 1e9, records)
     spread = plain.view.known.activations.std(0)
     assert torch.allclose(plain.view.known.activations / spread, lifted.view.known.activations / spread, atol=1e-4)
+
+
+def test_rows_of_one_record_stay_together() -> None:
+    """A random code book tells nothing of a record whose pair is not known, however often it was sent."""
+    records = np.repeat(draws(1).normal(size=(ROWS, 4)), 5, axis=0)
+    codes = np.repeat(draws(2).normal(size=(ROWS, 8)), 5, axis=0) + draws(3).normal(scale=0.1, size=(5 * ROWS, 8))
+    order = draws(4).permutation(5 * ROWS)
+    trial = trial_from(codes[order], records[order])
+    parts = [trial.view.known.records, trial.view.validation.records, trial.truth]
+    distinct = [set(map(tuple, part.tolist())) for part in parts]
+    assert [len(part) for part in parts] == [600, 100, 300]
+    assert [len(part) for part in distinct] == [120, 20, 60]
+    assert not distinct[0] & distinct[2]
+    assert not distinct[1] & distinct[2]
+    with pytest.raises(DataError, match="records: 40 different records are too few"):
+        trial_from(codes, np.repeat(draws(1).normal(size=(40, 4)), 25, axis=0))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense"])
+def test_an_empty_file_and_a_broken_archive_are_one_line(content: bytes, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.npy", tmp_path / "bad.npy"
+    np.save(good, flat())
+    bad.write_bytes(content)
+    with pytest.raises(DataError, match=r"bad.npy: cannot be read, truncated or not a .npy file"):
+        read_trial(bad, good)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
 from torch.nn import functional as F
 
 from milkglass.attacks.base import Attack
@@ -16,6 +19,7 @@ from milkglass.attacks.ridge import Ridge
 from milkglass.cli import main
 from milkglass.cuts import cut
 from milkglass.errors import RunError
+from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.messages import Message
 from milkglass.networks import build
 from milkglass.parties import Server
@@ -237,3 +241,110 @@ def test_members_are_training_records_and_others_test_records(tmp_path: Path) ->
     assert torch.equal(trial.view.candidates.activations[~trial.member], release_all(setup.client, test.x))
     assert isinstance(setup.server, Server)
     assert len(trial.view.outsiders) == len(setup.records.auxiliary) + len(setup.records.validation)
+
+
+def dropping(record_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """A client that drops half of what it sends, in training."""
+    width = torch.Size(record_shape).numel()
+    bottom = nn.Sequential(nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Dropout(0.5))
+    return nn.Sequential(OrderedDict(bottom=bottom, top=nn.Linear(64, classes)))
+
+
+def test_pairs_of_a_training_are_released_as_its_records_cross(tmp_path: Path) -> None:
+    changes = {
+        "data": {"name": "digits", "train_records": 320, "test_records": 60, "test_share": 0.1},
+        "network": {"name": "tests.test_replay:dropping"},
+        "cut": {"at": "bottom"},
+        "attacker": {"auxiliary_share": 0.3, "validation_share": 0.05},
+    }
+    run = _trained(tmp_path / "run", small_recipe(**changes))
+    view = replay(run, run, trained_on=True).trials[-1].view
+    dead = [(sent == 0).double().mean().item() for sent in (view.known.activations, view.target.activations)]
+    assert dead[0] == pytest.approx(dead[1], abs=0.03)
+    assert dead[0] > 0.5
+
+
+def test_a_record_that_did_not_cross_in_an_epoch_shows_what_it_showed_in_others(tmp_path: Path) -> None:
+    data = {"name": "digits", "train_records": 50, "test_records": 50, "test_share": 0.1}
+    training = {"epochs": 3, "batch_size": 32, "learning_rate": 1e-2}  # 18 of 50 are left out each time
+    recipe = small_recipe(data=data, training=training)
+    run = _trained(tmp_path / "run", recipe)
+    trial = replay(run, run, trained_on=True).trials[-1]
+    setup = set_up(recipe)
+    part = setup.records.train["client"]
+    seen: list[dict[int, torch.Tensor]] = []
+    for epoch in (1, 2, 3):
+        seen.append({})
+        for rows in batches_of(setup, epoch):
+            sent = setup.client._forward(part.x[rows], training=True).detach()
+            seen[-1] |= dict(zip(rows.tolist(), sent, strict=True))
+            setup.client.step(part.x[rows], part.y[rows])
+    crossed = [row for row in range(50) if any(row in sent for sent in seen)]
+    assert torch.equal(trial.truth, part.x[crossed])
+    assert sum(row not in seen[0] for row in crossed) > 0
+    for row, sent in zip(crossed, trial.view.target.activations.reshape(-1, 3, 16), strict=True):
+        own = [crossed_then[row] for crossed_then in seen if row in crossed_then]
+        for crossed_then, shown in zip(seen, sent, strict=True):
+            torch.testing.assert_close(shown, crossed_then.get(row, torch.stack(own).mean(0)))
+
+
+def test_others_come_from_the_members_own_file_where_the_test_file_is_another(tmp_path: Path) -> None:
+    digits = load_digits()
+    for name, rows in (("train", slice(1200)), ("test", slice(1200, None))):
+        np.savez(tmp_path / f"{name}.npz", images=(digits.images[rows] / 16), labels=digits.target[rows])
+    paths = {"path": str(tmp_path / "train.npz"), "test_path": str(tmp_path / "test.npz")}
+    attacker = {"auxiliary_share": 0.3, "validation_share": 0.1}
+    run = _trained(tmp_path / "run", small_recipe(data=paths | {"train_records": 400}, attacker=attacker))
+    trial = replay(run, run).membership
+    assert trial is not None
+    records = deal_records(run.recipe)
+    own = torch.cat([records.auxiliary.x, records.validation.x])
+    assert trial.view.records is not None
+    others = trial.view.records[~trial.member]
+    assert torch.equal(torch.cat([others, trial.view.outsiders.records]), own)
+    assert trial.member.sum() == len(others) == len(own) // 3
+
+
+@pytest.mark.parametrize(("optimizer", "stride"), [("sgd", 0.1), ("adam", None)])
+def test_an_attacker_knows_how_the_client_descends_and_what_it_adds(
+    optimizer: str, stride: float | None, tmp_path: Path
+) -> None:
+    training = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-2, "optimizer": optimizer, "momentum": 0.9}
+    run = _trained(tmp_path / "run", small_recipe(training=training, defense={"nopeek": {"weight": 2.0}}))
+    knows = replay(run, find_reference(run)).trials[0].view.knowledge
+    assert knows.stride == pytest.approx(stride)
+    x, z = (torch.rand(9, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(knows.penalty(x, z), 2 * distance_correlation(x, z))  # type: ignore[arg-type]
+
+
+def test_sensitive_columns_and_members_go_through_the_command_to_a_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    labels, sex = draw.integers(0, 2, 900), draw.integers(0, 2, 900)
+    features = draw.normal(size=(900, 8)) + 3 * np.eye(8)[labels] + 3 * np.eye(8)[2 + sex]
+    np.savez(tmp_path / "a.npz", features=features, labels=labels, sex=sex)
+    data = {"path": str(tmp_path / "a.npz"), "sensitive": ["sex"], "train_records": 200, "test_share": 0.2}
+    attacker = {"auxiliary_share": 0.4, "validation_share": 0.1}
+    recipe = small_recipe(data=data, network={"name": "mlp", "settings": {"hidden": [8]}}, attacker=attacker)
+    _trained(tmp_path / "run", recipe)
+
+    def verdict(budget: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            main(["audit", str(tmp_path / "run"), "--quick", "--attacks", "ridge", "--budget", budget])
+        return int(stopped.value.code or 0)
+
+    assert verdict("attribute.sex<=0.1, membership.auc<=1") == 3
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["measures"]["attribute.sex"]["low"] > 0.2
+    assert {"membership.auc", "tpr@1%"} <= set(found["measures"])
+    assert {row["name"] for row in found["inferences"] if row["measure"] == "membership.auc"} == {
+        "class distance", "loss threshold"
+    }  # fmt: skip
+    assert verdict("attribute.sex<=0.5, membership.auc<=1, tpr@1%<=1") == 0
+    assert verdict("attribute.sex<=0.5, tpr@1%<=0.001") == 3
+    assert verdict("tpr@0.1%<=0.01") == 4  # not to be had with so few outsiders
+    assert verdict("matching<=0.5") == 2  # not with --quick
+    capsys.readouterr()
+    assert verdict("attribute.sexe<=0.1") == 2
+    assert "did you mean 'attribute.sex'" in capsys.readouterr().err

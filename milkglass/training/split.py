@@ -23,13 +23,13 @@ from milkglass.data import Deal, deal, load
 from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
-from milkglass.errors import DataError, RunError
+from milkglass.errors import DataError, HijackError, RunError
 from milkglass.guards import HijackGuard
 from milkglass.networks import build
 from milkglass.parties import Client, Server, StepResult
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
-from milkglass.runs import Checkpoint, RunFolder
+from milkglass.runs import ALARM, Checkpoint, RunFolder
 from milkglass.training.evaluate import Evaluation, evaluate
 from milkglass.transports.base import Flow, Transport
 from milkglass.transports.local import LocalTransport
@@ -217,7 +217,12 @@ def train(
         with folder.locked():
             if folder.finished:
                 return folder.read_json("summary.json")
-            lines = _train_epochs(setup, folder, progress)
+            folder.check_alarm()
+            try:
+                lines = _train_epochs(setup, folder, progress)
+            except HijackError as error:
+                folder.write(ALARM, str(error).encode())
+                raise
             folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
             folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
             folder.write_metrics(lines)

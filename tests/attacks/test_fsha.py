@@ -5,6 +5,7 @@ Legend: B batch, N records, T targets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -248,4 +249,25 @@ def test_what_it_must_know_and_what_it_may_be_told(records: Deal) -> None:
             Plan(**wrong)
     assert repr(FsHijack(PLAN)) == (
         "FsHijack(Plan(iterations=160, head_start=300, loss_scale=None, penalty=100.0, width=16, seed=0))"
+    )
+
+
+def test_a_client_under_plain_descent_survives_and_is_read(records: Deal) -> None:
+    training = {"epochs": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}
+    view = view_of(records, recipe_of(training=training))
+    pushed = FsHijack(replace(PLAN, loss_scale=25.0)).attack(view)
+    assert "the client ended up sending the same for every record" in pushed.note
+    told = replace(view, knowledge=replace(view.knowledge, stride=0.5))
+    made = FsHijack(PLAN).attack(told)
+    assert made.note == ""
+    assert peek(made.target, records) > 0.25
+    assert peek(made.target, records) > peek(pushed.target, records) + 0.25
+
+
+def test_a_guard_that_stopped_it_is_told(records: Deal) -> None:
+    guard = {"hijack": {"fake_share": 0.25, "warm_up": 3}}
+    recipe = recipe_of(guard=guard, training={"epochs": 4, "batch_size": 32})
+    note = FsHijack(PLAN).attack(view_of(records, recipe)).note
+    assert re.match(
+        r"the client stopped after \d+ batches, .* rests on its guard: .* hardly depend on the labels", note
     )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.covariance import OAS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milkglass.attacks.membership import ClassDistance, Lira, LossThreshold, MembershipAttack
+from milkglass.attacks.membership import (
+    ClassDistance,
+    Lira,
+    LossThreshold,
+    MembershipAttack,
+    _solved_by_shrunk_covariance,
+)
 from milkglass.errors import AuditError, MissingKnowledgeError
 from milkglass.leakage.membership import auc
 from milkglass.randomness import drawing_from
@@ -164,3 +172,29 @@ def test_bad_input_is_refused(overfitted: tuple[MembershipView, Tensor]) -> None
         LossThreshold().attack(replace(view, candidates=replace(view.candidates, labels=labels)))
     with pytest.raises(AuditError, match="shadows = 3"):
         Lira(shadows=3)
+
+
+@pytest.mark.parametrize("values", [20, 80])
+def test_the_shrunk_covariance_is_scikit_learns_by_the_smaller_of_two_products(values: int) -> None:
+    z_ND, means_DP = torch.randn(50, values, generator=generator(7)).double(), torch.randn(values, 3).double()
+    z_ND -= z_ND.mean(0)
+    expected = np.linalg.solve(OAS(assume_centered=True).fit(z_ND.numpy()).covariance_, means_DP.numpy())
+    found = _solved_by_shrunk_covariance(z_ND, means_DP)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-5, atol=1e-8)
+
+
+def test_lira_leaves_out_a_last_batch_of_one_record(overfitted: tuple[MembershipView, Tensor]) -> None:
+    view, member_T = overfitted
+    own = view.outsiders
+    assert own.labels is not None
+    assert view.records is not None
+    rows = slice(130)  # half of them and a batch of 64: one is left
+    fewer = Pairs(own.activations[rows], own.records[rows], own.entitled[rows], own.labels[rows])
+
+    def normalizing(draws: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        bottom, top = architecture(draws)
+        return nn.Sequential(nn.BatchNorm1d(VALUES), bottom), top
+
+    knowledge = replace(view.knowledge, architecture=normalizing)
+    scores = Lira(shadows=2, epochs=1).attack(replace(view, outsiders=fewer, knowledge=knowledge))
+    assert scores.candidates_T.shape == member_T.shape

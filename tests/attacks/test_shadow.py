@@ -143,3 +143,20 @@ def test_settings() -> None:
     )
     with pytest.raises(AuditError, match="expected at least 2 shadows"):
         Shadow(shadows=1)
+
+
+def test_a_client_that_drops_values_is_attacked_the_same_way_twice() -> None:
+    view, _ = digits_view()
+    whole = view.knowledge.architecture
+    assert whole is not None
+
+    def dropping(generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        bottom, top = whole(generator)
+        return nn.Sequential(bottom, nn.Dropout(0.3)), top
+
+    view = replace(view, knowledge=replace(view.knowledge, architecture=dropping))
+    attack = Shadow(shadows=2, steps=5, decoder=Decoder(steps=5, width=4))
+    first = attack.attack(view)
+    state = torch.get_rng_state()
+    assert torch.equal(attack.attack(view).target, first.target)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not asked

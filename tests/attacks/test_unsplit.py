@@ -112,3 +112,12 @@ def test_ticks_missing_knowledge_and_settings() -> None:
     assert repr(UnSplit(steps=9)) == "UnSplit(records=64, clones=3, steps=9, smoothness=0.1, seed=0)"
     with pytest.raises(AuditError, match="at least one record, clone"):
         UnSplit(records=0)
+
+
+def test_a_client_that_drops_values_is_attacked_the_same_way_twice() -> None:
+    view, _ = view_of(lambda: nn.Sequential(linear_client(), nn.Dropout(0.3)), blobs(32))
+    attack = UnSplit(records=4, clones=1, steps=5)
+    first = attack.attack(view)
+    state = torch.get_rng_state()
+    assert torch.equal(attack.attack(view).target, first.target)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not asked

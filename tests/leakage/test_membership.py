@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from milkglass.errors import AuditError
+from milkglass.leakage.classification import clopper_pearson
 from milkglass.leakage.membership import auc, leak_auc, true_positive_rate
 
 
@@ -133,3 +134,27 @@ def test_bad_scores_are_refused() -> None:
         auc(torch.zeros(3), member_T)
     with pytest.raises(AuditError, match="finite"):
         true_positive_rate(torch.zeros(4), torch.full((4,), torch.inf), torch.zeros(100), 0.01)
+
+
+@pytest.mark.parametrize("outsiders", [99, 540])
+def test_the_interval_of_a_rate_holds_it_although_few_non_members_set_the_threshold(outsiders: int) -> None:
+    draws, rate = generator(8), 0.01
+    truth = norm.sf(norm.isf(rate) - 2.0)
+    found = []
+    for _ in range(300):
+        (scores_T, member_T), calibration_N = gaussians(2.0, 300, 300, draws), torch.randn(outsiders, generator=draws)
+        found.append(true_positive_rate(scores_T[member_T], scores_T[~member_T], calibration_N, rate).true)
+    assert all(each.low <= each.value <= each.high for each in found)
+    assert sum(each.high < truth for each in found) <= 0.025 * 300
+    assert sum(each.low > truth for each in found) <= 0.025 * 300
+    assert max(each.high for each in found) < 1
+
+
+def test_with_many_non_members_the_interval_of_a_rate_is_about_that_of_a_share() -> None:
+    scores_T, member_T = gaussians(2.0, 1000, 1000, generator(9))
+    calibration_N = torch.randn(200_000, generator=generator(10), dtype=torch.float64)
+    found = true_positive_rate(scores_T[member_T], scores_T[~member_T], calibration_N, 0.01).true
+    share = clopper_pearson(round(found.value * 1000), 1000)
+    assert found.low <= share.low
+    assert found.high >= share.high
+    assert found.high - found.low < 1.35 * (share.high - share.low)

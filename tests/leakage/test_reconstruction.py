@@ -119,3 +119,17 @@ def test_matching_is_among_the_first_thousand() -> None:
     rebuilt = records.clone()
     rebuilt[1000:] = 0
     assert match_top1(rebuilt, records) == 1.0
+
+
+def test_the_interval_of_a_few_records_errs_above_no_more_often_than_it_says() -> None:
+    draws, audits, missed = generator(2), 600, 0
+    for _ in range(audits):
+        shared_T = -torch.rand(32, generator=draws).log()
+        entitled_T = shared_T + 0.5 * torch.rand(32, generator=draws)
+        attack_T = 0.4 * shared_T + 0.2 * torch.rand(32, generator=draws)
+        missed += peek(attack_T, entitled_T, draws, resamples=400).high < 1 - 0.5 / 1.25
+    assert missed <= 0.035 * audits  # the plain percentile interval: about 4 %
+
+
+def test_one_record_says_nothing_of_others() -> None:
+    assert not peek(torch.ones(1), torch.ones(1), generator()).is_finite

@@ -474,6 +474,12 @@ def test_a_hijacked_run_stops_with_one_line_and_keeps_its_checkpoint(
     assert set(kept) <= {"0003", "0004"}, "the last whole epoch before the alarm"
     assert not (run / "summary.json").exists()
 
+    with pytest.raises(HijackError, match=r"alarm.txt must be removed to go on: step 1\d: .* hardly depend"):
+        train(recipe, run, resume=True)
+    (run / "alarm.txt").unlink()
+    with pytest.raises(HijackError, match=r"^step 1\d: "):  # on from the checkpoint, and judged anew
+        train(recipe, run, resume=True)
+
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "other")])
