@@ -5,8 +5,9 @@
 `--peer-path` holds checkouts of ege-erdogan/unsplit, as `unsplit`, and of TTitcombe/NoPeekNN, as `NoPeekNN`: their code
 is not ours to ship, so it is read from there. `--runs` holds finished runs `undefended-seed0`, `biased-1-seed0` and
 `biased-10-seed0`, as benchmarks.accuracy_peek makes them. Nobody gets entitled values, and all get the same pairs:
-none for UnSplit, the first 5,000 for decoders (theirs by default). Settings are the peers' own; where those take
-longer than `--cpu-seconds` of processor time a client, they are stopped there and the table says how far they came.
+none for UnSplit, 5,000 for decoders (theirs by default), of which ours keep 1,000 back to choose settings by. Settings
+are the peers' own; where those take longer than `--cpu-seconds` of processor time a client, they are stopped there and
+the table says how far they came.
 
 Before that, with `--data` (the folder of fashion-mnist-{train,test}.npz), each peer meets its own client in its own
 setting. Their figures are for MNIST, which is not at hand: on Fashion-MNIST what can be compared is the error as a
@@ -50,6 +51,7 @@ from milkglass.transcript import Knowledge, Pairs, Release, View
 
 CLIENTS: Final = ("undefended-seed0", "biased-1-seed0", "biased-10-seed0")
 PAIRS: Final = 5000
+KEPT_BACK: Final = 1000
 RECORDS: Final = 10
 """UnSplit rebuilds so many: its demonstration takes one of each class."""
 MEAN, SPREAD = 0.1307, 0.3081  # both decoder repositories normalize by MNIST's
@@ -140,18 +142,17 @@ def run_view(runs: Path, name: str) -> tuple[View, Tensor]:
 
 
 def without_entitled(view: View) -> View:
-    """The first 5,000 pairs, and no entitled values: published attacks have none."""
+    """The first 5,000 pairs, 1,000 of them for validation, and no entitled values: published attacks have none."""
+    known, target = view.known, view.target.activations
 
-    def pairs(part: Pairs) -> Pairs:
-        return Pairs(
-            part.activations[:PAIRS], part.records[:PAIRS], part.records.new_zeros(len(part.records[:PAIRS]), 0)
-        )
+    def pairs(rows: slice) -> Pairs:
+        records = known.records[rows]
+        return Pairs(known.activations[rows], records, records.new_zeros(len(records), 0))
 
-    target = view.target.activations
     return replace(
         view,
-        known=pairs(view.known),
-        validation=pairs(view.validation),
+        known=pairs(slice(PAIRS - KEPT_BACK)),
+        validation=pairs(slice(PAIRS - KEPT_BACK, PAIRS)),
         target=Release(target, target.new_zeros(len(target), 0)),
     )
 
@@ -164,7 +165,7 @@ def own_setting(data: Path, halves: Halves, batches: int) -> tuple[View, Tensor]
     weights = [*bottom.parameters(), *top.parameters()]
     optimizer = torch.optim.Adam(weights, lr=1e-3, amsgrad=True)  # UnSplit's
     draws = source.generator("batches")
-    kept = len(train[0]) - PAIRS - 1000
+    kept = len(train[0]) - PAIRS
     for _ in range(batches):
         rows_B = torch.randint(kept, (64,), generator=draws)
         optimizer.zero_grad()
@@ -179,7 +180,7 @@ def own_setting(data: Path, halves: Halves, batches: int) -> tuple[View, Tensor]
     target = pairs(test[0][:2000])
     knowledge = Knowledge(architecture=halves)
     release = Release(target.activations, target.entitled)
-    known, validation = pairs(train[0][kept : kept + PAIRS]), pairs(train[0][kept + PAIRS :])
+    known, validation = pairs(train[0][kept:-KEPT_BACK]), pairs(train[0][-KEPT_BACK:])
     return View(known, validation, release, knowledge=knowledge), target.records
 
 
@@ -252,14 +253,16 @@ def their_decoder(peer: ModuleType, view: View, budget: float) -> tuple[Tensor, 
 
     Its first layer takes 500 values; where the client sends more, that layer is made as wide as needed.
     """
-    known_ND, target_TD = view.known.activations.flatten(1), view.target.activations.flatten(1)
+    pairs = view.known, view.validation
+    known_ND = torch.cat([part.activations.flatten(1) for part in pairs])
+    target_TD = view.target.activations.flatten(1)
     source = public_source(0).derive("their decoder")
     with drawing_from(source.generator("weights")):
         model: nn.Module = peer.AttackModel()
         if known_ND.shape[1] != 500:
             model.linear1 = nn.Linear(known_ND.shape[1], 9216)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    x_N = (view.known.records - MEAN) / SPREAD
+    x_N = (torch.cat([part.records for part in pairs]) - MEAN) / SPREAD
     done, total = 0, EPOCHS * math.ceil(len(x_N) / 128)
     start = time.process_time()
     for _ in range(EPOCHS):
