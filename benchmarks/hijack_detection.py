@@ -1,11 +1,13 @@
 """Hijack detection: the batch at which FSHA is caught, the peek it had by then, and false alarms over honest runs.
 
-    python -m benchmarks.hijack_detection [--cells DIR] [--honest 60] [--hijacked 5] [--table FILE.md]
+    python -m benchmarks.hijack_detection --runs DIR [--cells DIR] [--honest 60] [--hijacked 3] [--table FILE.md]
 
-examples/digits.toml without a defense, on one thread, the guard with its defaults and active in all epochs. An honest
-cell trains one seed for 10 epochs with the guard, and once more without it: the difference is what it costs. A hijacked
-cell trains an honest reference, then lets FSHA drive the same client twice: with the guard, and, to see what it was
-after, without. A cell is a JSON file; one that is there is not made again.
+One thread, no defense, the guard with its defaults and active in all epochs. An honest cell trains one seed of
+examples/digits.toml for 10 epochs with the guard, and once more without it: the difference is what it costs. A hijacked
+cell takes a finished run of examples/fashion-mnist.toml, `undefended-seedN` in `--runs` (benchmarks.accuracy_peek makes
+them; on digits FSHA rebuilds too little in this time to show what the guard saves), and lets FSHA drive the same client
+twice: with the guard, and, to see what it was after, without. A cell is a JSON file; one that is there is not made
+again.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from milkglass.randomness import public_source
 from milkglass.recipe import Recipe, load_recipe
 from milkglass.replay import replay
 from milkglass.runs import RunFolder
-from milkglass.training.split import Setup, Silence, computing_with, evaluate_on_test, set_up, train, train_epoch
+from milkglass.training.split import Setup, Silence, computing_with, evaluate_on_test, set_up, train_epoch
 from milkglass.transcript import Driven, Trial
 
 RECIPE: Final = Path(__file__).parents[1] / "examples" / "digits.toml"
@@ -47,17 +49,19 @@ HONEST_EPOCHS: Final = 10
 
 def main() -> None:
     """Make what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of undefended-seed0, ...")
     parser.add_argument("--cells", type=Path, default=Path("runs/hijack-detection"))
     parser.add_argument("--honest", type=int, default=60)
-    parser.add_argument("--hijacked", type=int, default=5)
+    parser.add_argument("--hijacked", type=int, default=3)
     parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
     cells: Path = arguments.cells
     cells.mkdir(parents=True, exist_ok=True)
     honest = [cell(cells / f"honest-{seed}.json", partial(honest_run, seed)) for seed in range(arguments.honest)]
     hijacked = [
-        cell(cells / f"fsha-{seed}.json", partial(hijacked_run, seed, cells)) for seed in range(arguments.hijacked)
+        cell(cells / f"fsha-{seed}.json", partial(hijacked_run, seed, arguments.runs))
+        for seed in range(arguments.hijacked)
     ]
     table = render(honest, hijacked)
     print(table)
@@ -75,12 +79,10 @@ def cell(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def recipe_of(seed: int, *, guarded: bool, epochs: int | None = None) -> Recipe:
+def recipe_of(seed: int, *, guarded: bool) -> Recipe:
     """The digits recipe without a defense."""
-    overrides = [f"seed={seed}", "defense={}"]
-    overrides += ["guard.hijack={}"] if guarded else []
-    overrides += [f"training.epochs={epochs}"] if epochs is not None else []
-    return load_recipe(RECIPE, overrides)
+    overrides = [f"seed={seed}", "defense={}", f"training.epochs={HONEST_EPOCHS}"]
+    return load_recipe(RECIPE, [*overrides, "guard.hijack={}"] if guarded else overrides)
 
 
 class _Scores(Silence):
@@ -103,7 +105,7 @@ def honest_run(seed: int) -> dict[str, Any]:
     judged: list[float] = []
     alarm = None
     for guarded in (True, False):
-        recipe = recipe_of(seed, guarded=guarded, epochs=HONEST_EPOCHS)
+        recipe = recipe_of(seed, guarded=guarded)
         with computing_with(recipe.threads):
             setup = set_up(recipe)
             watch = _Scores(setup)
@@ -119,14 +121,12 @@ def honest_run(seed: int) -> dict[str, Any]:
 
 def hijacked_run(seed: int, folder: Path) -> dict[str, Any]:
     """FSHA against the client, guarded and not: batches until it was stopped, and its peek then."""
-    recipe = recipe_of(seed, guarded=False)
-    path = folder / f"reference-{seed}"
-    train(recipe, path, resume=True)
-    reference = RunFolder.open_finished(path)
+    reference = RunFolder.open_finished(folder / f"undefended-seed{seed}")
     content: dict[str, Any] = {"seed": seed}
     for guarded in (True, False):
-        run = RunFolder(path, recipe_of(seed, guarded=guarded))
-        (trial,) = replay(run, reference).trials
+        guard = {"guard": {"hijack": {}}} if guarded else {}
+        recipe = Recipe.model_validate(reference.recipe.model_dump() | guard)
+        (trial,) = replay(RunFolder(reference.path, recipe), reference).trials
         with computing_with(recipe.threads):
             driven, found = hijack(trial, seed)
         content["guarded" if guarded else "plain"] = {

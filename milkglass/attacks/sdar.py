@@ -57,14 +57,14 @@ class Sdar(Attack):
     one out. width: channels of the decoder and the critics.
     """
 
-    # open_door: a wide client that mixes all values may go unread in a short training (peeks of -1.6 after 200 batches
-    # and -0.4 after 2,000 on digits were seen). Where every value keeps its place it reads them: see its tests.
+    # open_door: where the record itself crosses, after 200 batches on digits. A client that mixes all values may go
+    # unread in a training as short (peeks of -1.6 after 200 batches and -0.4 after 2,000 were seen).
 
     name: ClassVar[str] = "sdar"
     knows: ClassVar[tuple[Known, ...]] = ("records", "labels", "architecture", "training")
     paper: ClassVar[str] = "Zhu et al., NDSS 2025, arXiv 2310.10483"
     learned: ClassVar[bool] = True
-    open_door: ClassVar[float] = float("-inf")
+    open_door: ClassVar[float] = 0.3
 
     def __init__(
         self,
