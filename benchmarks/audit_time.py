@@ -3,8 +3,8 @@
     python -m benchmarks.audit_time --data DIR [--cells DIR]
 
 Wanted: quick on digits in under a minute; the default on Fashion-MNIST (6,000 auxiliary pairs) in under ten, on two
-cores. Both are the ordinary commands, on the recipes' one thread, from empty folders; a run trained before is kept, what
-its audit kept is removed. Seconds of this machine, once: bounds to hold, not figures to compare.
+cores. Both are the ordinary commands, on the recipes' one thread; a run trained before is kept, what its audit kept is
+removed. Seconds of this machine, once: bounds to hold, not figures to compare.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def hijacked_run(seed: int, folder: Path) -> dict[str, Any]:
     reference = RunFolder.open_finished(folder / f"undefended-seed{seed}")
     content: dict[str, Any] = {"seed": seed}
     for guarded in (True, False):
-        guard = {"guard": {"hijack": {}}} if guarded else {}
+        guard: dict[str, Any] = {"guard": {"hijack": {}}} if guarded else {}
         recipe = Recipe.model_validate(reference.recipe.model_dump() | guard)
         (trial,) = replay(RunFolder(reference.path, recipe), reference).trials
         with computing_with(recipe.threads):
