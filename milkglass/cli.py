@@ -106,7 +106,9 @@ def audit(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and smaller attacks: under a minute on digits.")
     ] = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Every attack, a malicious server too: hours.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Every attack on records, a malicious server too: hours.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")
     ] = None,
@@ -142,7 +144,8 @@ def audit(
     for note in found.notes:
         print(f"{subject}: {note}")
     for left in found.skipped:
-        print(f"{subject}: left out on {left.exposure} records: {left.why}")
+        name = "" if left.attack in left.why else f"{left.attack}: "
+        print(f"{subject}: left out on {left.exposure} records: {name}{left.why}")
     for name, measure in found.measures.items():
         if name != "peek":
             print(f"{subject}: {name} {measure.value:.3f}, 95 % interval {measure.low:.3f} to {measure.high:.3f}")

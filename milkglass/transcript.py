@@ -155,6 +155,7 @@ Known = Literal[
     "pairs",
     "records",
     "labels",
+    "some labels",
     "fresh releases",
     "client weights",
     "architecture",
@@ -166,6 +167,7 @@ Known = Literal[
 pairs           auxiliary records with what the client sends for them
 records         auxiliary records, without
 labels          the labels of its records and of the target
+some labels     those of a few rows of a training
 fresh releases  may have its own records released as often as it likes: it holds the client's stage, defense and all
 client weights  the weights of the client's stage
 architecture    the layers of both stages, not their weights

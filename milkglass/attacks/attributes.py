@@ -68,9 +68,15 @@ class _Rows:
 
 
 class AttributeProbe(Method):
-    """A classifier from what crossed to a named attribute. Subclasses are final."""
+    """A classifier from what crossed to a named attribute. Subclasses are final.
+
+    open_door, closed_door: the least balanced accuracy over its prior where the record crosses, for an attribute that
+    it tells of, and what the low end of its interval may be at most on releases of other records.
+    """
 
     paper: ClassVar[str] = "Song and Shmatikov, ICLR 2020"
+    open_door: ClassVar[float] = 0.3
+    closed_door: ClassVar[float] = 0.0
 
     @abstractmethod
     def attack(self, view: View, attribute: str, tick: Tick = silent) -> AttributeGuess:

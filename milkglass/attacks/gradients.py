@@ -150,7 +150,7 @@ class GradientInversion(Method):
     """
 
     name: ClassVar[str] = "gradient inversion"
-    knows: ClassVar[tuple[Known, ...]] = ("gradients", "architecture")
+    knows: ClassVar[tuple[Known, ...]] = ("gradients", "client weights", "server weights")
     paper: ClassVar[str] = "Geiping et al., NeurIPS 2020, arXiv 2003.14053; Zhao et al. 2020, arXiv 2001.02610"
 
     def __init__(

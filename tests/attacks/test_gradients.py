@@ -165,4 +165,4 @@ def test_bad_views_and_settings() -> None:
     with pytest.raises(AuditError, match="at least one step"):
         GradientInversion(steps=0)
     assert repr(GradientInversion()) == ("GradientInversion(steps=1000, starts=2, smoothness=0.001, rate=0.1, seed=0)")
-    assert GradientInversion.knows == ("gradients", "architecture")
+    assert GradientInversion.knows == ("gradients", "client weights", "server weights")

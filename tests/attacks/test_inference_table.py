@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milkglass.attacks.attributes import AttributeProbe, LinearProbe, MlpProbe
+from milkglass.attacks.base import Method
 from milkglass.attacks.fsha import FsAttribute, Plan
 from milkglass.attacks.labels import GradientDirection, GradientNorm, LabelAttack, ModelCompletion
 from milkglass.attacks.membership import ClassDistance, Lira, LossThreshold, MembershipAttack
@@ -112,30 +113,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @dataclass(frozen=True)
 class Expected:
-    """The least value on the identity cut, undefended and behind NoPeek; on others' releases the interval holds 0."""
+    """The least value undefended and behind NoPeek. The attack itself says what its open and its closed door are."""
 
-    identity: float
     undefended: float
     nopeek: float
 
 
-def holds(expected: Expected, chance: float, measure: Callable[[str], InferenceScore]) -> None:
+def holds(attack: Method, expected: Expected, measure: Callable[[str], InferenceScore]) -> None:
     found = {cut: measure(cut) for cut in ("identity", "undefended", "NoPeek", "others")}
     told = {cut: (score.value, score.low, score.high) for cut, score in found.items()}
-    least = {"identity": expected.identity, "undefended": expected.undefended, "NoPeek": expected.nopeek}
+    least = {"identity": attack.open_door, "undefended": expected.undefended, "NoPeek": expected.nopeek}
     assert all(found[cut].value >= value for cut, value in least.items()), told
-    assert found["others"].low <= chance, told
+    assert found["others"].low <= attack.closed_door, told
 
 
 ATTRIBUTES: tuple[tuple[AttributeProbe, Expected], ...] = (
-    (LinearProbe(), Expected(0.3, 0.3, 0.3)),
-    (MlpProbe(), Expected(0.3, 0.3, 0.3)),
+    (LinearProbe(), Expected(0.3, 0.3)),
+    (MlpProbe(), Expected(0.3, 0.3)),
 )
 
 
 @pytest.mark.parametrize(("probe", "expected"), ATTRIBUTES, ids=lambda value: getattr(value, "name", ""))
 def test_attributes(probe: AttributeProbe, expected: Expected, runs: Runs) -> None:
-    holds(expected, 0.0, lambda cut: audit_attributes(runs.trial(cut), [probe])[0])
+    holds(probe, expected, lambda cut: audit_attributes(runs.trial(cut), [probe])[0])
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_attributes_of_a_hijacked_client(runs: Runs) -> None:
         return audit_attributes(runs.trial("wide" if cut == "identity" else cut), [probe])[0]
 
     assert measure("identity").adversary == MALICIOUS
-    holds(Expected(0.3, 0.2, 0.2), 0.0, measure)
+    holds(probe, Expected(0.2, 0.2), measure)
 
 
 def test_matching(runs: Runs) -> None:
@@ -158,15 +158,15 @@ def test_matching(runs: Runs) -> None:
 
 
 LABELS: tuple[tuple[LabelAttack, Expected], ...] = (
-    (GradientDirection(), Expected(0.95, 0.9, 0.9)),
-    (GradientNorm(), Expected(0.5, 0.5, 0.5)),
-    (ModelCompletion(), Expected(0.9, 0.9, 0.9)),
+    (GradientDirection(), Expected(0.9, 0.9)),
+    (GradientNorm(), Expected(0.5, 0.5)),
+    (ModelCompletion(), Expected(0.9, 0.9)),
 )
 
 
 @pytest.mark.parametrize(("attack", "expected"), LABELS, ids=lambda value: getattr(value, "name", ""))
 def test_labels(attack: LabelAttack, expected: Expected, runs: Runs) -> None:
-    holds(expected, 0.5, lambda cut: audit_labels(runs.gradients(cut), [attack])[0])
+    holds(attack, expected, lambda cut: audit_labels(runs.gradients(cut), [attack])[0])
 
 
 @dataclass(frozen=True)
