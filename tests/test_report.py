@@ -398,6 +398,25 @@ def test_runs_on_other_records_get_their_own_strip(demo: Path) -> None:
     assert [[row.label for row in strip][1] for strip in strips(read_results(demo))] == ["undefended", "nopeek"]
 
 
+def test_beside_a_picture_stands_the_peek_of_its_own_exposure(demo: Path) -> None:
+    """Private training records are never shown: the worst exposure may be theirs, and the pictures another's."""
+    fresh = interval(0.5)
+    worst = attack("decoder", 0.95, exposure="trained-on")
+    changes = {"best_attack": "decoder", "pictures_of": "fresh", "peek": interval(0.95), "exposures": {"fresh": fresh}}
+    for run in ("undefended", "nopeek"):
+        path = demo / run / "audit.json"
+        audit = json.loads(path.read_text())
+        path.write_text(json.dumps(audit | changes | {"attacks": [*audit["attacks"], worst]}))
+    results = read_results(demo)
+    (strip,) = strips(results)
+    assert [(row.detail, row.peek) for row in strip[1:3]] == [
+        ("rebuilt by stack", "0.86"),
+        ("rebuilt by stack", "0.70"),
+    ]
+    assert "0.95" not in [row.peek for row in attack_strip(results[0])]
+    assert "is nearest to the right one of the training records that were tried" in words(render(results))
+
+
 def test_a_run_has_a_row_for_each_attack_best_first(tmp_path: Path) -> None:
     run = detail(make_run(tmp_path / "run"))
     path = run / "pictures.safetensors"
