@@ -114,7 +114,9 @@ def compare(
     def row(attack: str, run: Callable[[], tuple[Tensor, str]]) -> Row:
         wall, cpu = time.perf_counter(), time.process_time()
         made, reached = run()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return scored(attack, made, time.perf_counter() - wall, time.process_time() - cpu, reached)
+
+    def scored(attack: str, made: Tensor, wall: float, cpu: float, reached: str) -> Row:
         records = truth[: len(made)]
         error, mean = (
             squared_errors(guess, records).mean().item()
@@ -126,7 +128,12 @@ def compare(
         return row(f"milkglass {attack.name}", lambda: (attack.attack(view).target, repr(attack)))
 
     if "linear" not in name:
-        yield row("UnSplit's code", lambda: their_unsplit(unsplit, view, budget))
+        wall, cpu = time.perf_counter(), time.process_time()
+        made, reached = their_unsplit(unsplit, view, budget)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        yield scored("UnSplit's code", made, wall, cpu, reached)
+        shown = torch.stack([unsplit.normalize(picture) for picture in made])
+        yield scored("the same, as it shows pictures", shown, wall, cpu, "each put into 0 to 1 by their `normalize`")
         yield ours(UnSplit(records=RECORDS))
     if "MnistNet" not in name:
         yield row("NoPeekNN's decoder", lambda: their_decoder(decoder, view, budget))
@@ -284,7 +291,8 @@ def load_unsplit(path: Path) -> ModuleType:
         attacks = importlib.import_module("unsplit.attacks")
         models: Any = importlib.import_module("unsplit.models")
     peer = ModuleType("peer_unsplit")
-    peer.__dict__.update(model_inversion_stealing=attacks.model_inversion_stealing, MnistNet=models.MnistNet)
+    taken = {"model_inversion_stealing": attacks, "MnistNet": models, "normalize": attacks}
+    peer.__dict__.update({word: getattr(module, word) for word, module in taken.items()})
     return peer
 
 
