@@ -25,12 +25,10 @@ from typing import Any, Final
 import torch
 from scipy.stats import binomtest
 
+from benchmarks.hijacking import answer_of
 from benchmarks.setting import machine_line
-from milkglass.attacks.features import answer_alone
+from milkglass.attacks.base import Reconstruction
 from milkglass.attacks.fsha import FsHijack, Plan
-from milkglass.attacks.kernel_ridge import KernelRidge
-from milkglass.attacks.mean_record import MeanRecord
-from milkglass.attacks.ridge import Ridge
 from milkglass.errors import HijackError
 from milkglass.leakage.estimate import Estimate
 from milkglass.leakage.reconstruction import peek, squared_errors
@@ -60,7 +58,7 @@ def main() -> None:
     cells.mkdir(parents=True, exist_ok=True)
     honest = [cell(cells / f"honest-{seed}.json", partial(honest_run, seed)) for seed in range(arguments.honest)]
     hijacked = [
-        cell(cells / f"fsha-{seed}.json", partial(hijacked_run, seed, arguments.runs))
+        cell(cells / f"fsha-{seed}.json", partial(hijacked_run, seed, arguments.runs, cells))
         for seed in range(arguments.hijacked)
     ]
     table = render(honest, hijacked)
@@ -114,12 +112,13 @@ def honest_run(seed: int) -> dict[str, Any]:
                     train_epoch(setup, epoch, watch)
             except HijackError:
                 alarm = setup.client.steps
+                setup.client.hijack_guard = None  # else nothing more is sent, not to be evaluated either
             judged += watch.judged
             accuracy["guarded" if guarded else "plain"] = evaluate_on_test(setup, HONEST_EPOCHS).accuracy
     return {"seed": seed, "alarm_at": alarm, "judged": len(judged), "least_score": min(judged), "accuracy": accuracy}
 
 
-def hijacked_run(seed: int, folder: Path) -> dict[str, Any]:
+def hijacked_run(seed: int, folder: Path, cells: Path) -> dict[str, Any]:
     """FSHA against the client, guarded and not: batches until it was stopped, and its peek then."""
     reference = RunFolder.open_finished(folder / f"undefended-seed{seed}")
     content: dict[str, Any] = {"seed": seed}
@@ -128,7 +127,8 @@ def hijacked_run(seed: int, folder: Path) -> dict[str, Any]:
         recipe = Recipe.model_validate(reference.recipe.model_dump() | guard)
         (trial,) = replay(RunFolder(reference.path, recipe), reference).trials
         with computing_with(recipe.threads):
-            driven, found = hijack(trial, seed)
+            entitled = answer_of(trial.view, cells / f"entitled-{seed}.safetensors")
+            driven, found = hijack(trial, entitled, seed)
         content["guarded" if guarded else "plain"] = {
             "batches": driven.steps,
             "stopped": driven.stopped,
@@ -139,7 +139,7 @@ def hijacked_run(seed: int, folder: Path) -> dict[str, Any]:
     return content
 
 
-def hijack(trial: Trial, seed: int) -> tuple[Driven, Estimate]:
+def hijack(trial: Trial, entitled: Reconstruction, seed: int) -> tuple[Driven, Estimate]:
     """Run FSHA on a trial: (how far it drove the client, its peek on the test records)."""
     view = trial.view
     drive, drives = view.knowledge.train, list[Driven]()
@@ -150,11 +150,6 @@ def hijack(trial: Trial, seed: int) -> tuple[Driven, Estimate]:
         return drives[-1]
 
     made = FsHijack(Plan(seed=seed)).attack(replace(view, knowledge=replace(view.knowledge, train=watched)))
-    alone = answer_alone(view)
-    entitled = min(
-        (attack.attack(alone) for attack in (MeanRecord(), Ridge(), KernelRidge())),
-        key=lambda guess: squared_errors(guess.validation, view.validation.records).mean().item(),
-    )
     count = len(made.target)
     errors = [squared_errors(guess.target[:count], trial.truth[:count]) for guess in (made, entitled)]
     return drives[-1], peek(errors[0], errors[1], public_source(seed).generator("bootstrap"))

@@ -170,7 +170,7 @@ def audit(
         inferences=tuple(inferences),
         curves=tuple(curves),
         skipped=(*_skipped(findings), *work.left),
-        notes=(*notes, *_notes(findings, results), *_unmeasured(measures, budget)),
+        notes=(*notes, *_notes(findings, results), *_told(inferences), *_unmeasured(measures, budget)),
         pictures=_pictures(pictured),
         pictures_of=pictured.exposure,
     )
@@ -206,8 +206,7 @@ def _inferences(
                 for probe in attribute_probes(strength, seed)
                 if exposure == "fresh" or "training" not in probe.knows
             ]
-            left = partial(work.leave_out, exposure=exposure)
-            guess = partial(audit_attributes, alone, probes, work.tick, left)
+            guess = partial(audit_attributes, alone, probes, work.tick)
             rows += work.rows(f"attribute {name}", exposure, alone, guess, [f"attribute.{name}"], probes)
         if strength != "quick":
             game = partial(audit_matching, trial, seed, work.tick)
@@ -215,7 +214,7 @@ def _inferences(
     if membership is not None:
         work.now("membership")
         for attack in membership_attacks(strength, seed):
-            compute = partial(audit_membership, membership, [attack], seed, work.tick, work.leave_out)
+            compute = partial(audit_membership, membership, [attack], seed, work.tick)
             rows += work.rows(attack.name, "fresh", membership, compute, MEMBERSHIP_MEASURES, attack)
     return rows
 
@@ -267,6 +266,10 @@ def _pictures(finding: Finding) -> dict[str, Tensor]:
     rebuilt = {run.name: run.reconstruction.target[:PICTURES] for run in finding.runs if run.usable}
     entitled = best(finding.entitled).reconstruction.target[:PICTURES]
     return {"records": finding.trial.truth[:PICTURES], "entitled": entitled, **rebuilt}
+
+
+def _told(inferences: Sequence[InferenceScore]) -> list[str]:
+    return list(dict.fromkeys(f"{row.exposure}: {row.name}: {row.note}" for row in inferences if row.note))
 
 
 def _unmeasured(measures: Mapping[str, Estimate], budget: Mapping[str, float] | None) -> list[str]:

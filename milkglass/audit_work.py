@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 from milkglass.attacks.base import Attack, Method, Reconstruction
-from milkglass.attacks.suite import FAILURES, Runner
+from milkglass.attacks.suite import FAILURES, Runner, one_line
 from milkglass.errors import MissingKnowledgeError
-from milkglass.inference import InferenceScore
+from milkglass.inference import InferenceScore, Skipped
 from milkglass.transcript import MembershipTrial, Trial, View
 
 
@@ -108,34 +108,40 @@ class Work:
         what: str,
         exposure: str,
         trial: Trial | MembershipTrial,
-        compute: Callable[[], Sequence[InferenceScore]],
+        compute: Callable[[Skipped], Sequence[InferenceScore]],
         measures: Sequence[str],
         settings: object = "",
     ) -> Sequence[InferenceScore]:
-        """Scored rows, computed or brought back; none where it cannot be done: that, and why, is remembered.
+        """Scored rows, computed or brought back; what could not be done, and why, is remembered.
 
-        settings: what else they depend on; its `repr` must show all of it.
+        compute: is given whom to tell of an attack that was left out. measures: of which nothing can be said if one
+        broke. settings: what else the rows depend on; its `repr` must show all of it.
         """
         key = f"{what}, {settings!r}, seed {self._seed}"
         kept = None if self._kept is None else self._kept.json(trial, key)
-        if isinstance(kept, list):
-            return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept]
-        try:
-            made = compute()
-        except MissingKnowledgeError as error:
-            self.leave_out(what, str(error), exposure)
-            return []
-        except FAILURES as error:
-            self.leave_out(what, str(error), exposure)
-            self.failed.update(measures)
-            return []
-        if self._kept is not None and made:
-            self._kept.keep_json(trial, key, [row.to_dict() for row in made])
-        return made
+        if isinstance(kept, dict):
+            self.left += [Left(attack, exposure, why) for attack, why in kept["left"]]
+            return [InferenceScore(**{**row, "knows": tuple(row["knows"])}) for row in kept["rows"]]
+        left: list[Left] = []
+        broke: list[str] = []
 
-    def leave_out(self, attack: str, why: str, exposure: str = "fresh") -> None:
-        """Remember that an attack was left out, and why."""
-        self.left.append(Left(attack, exposure, why))
+        def skipped(attack: str, error: Exception) -> None:
+            left.append(Left(attack, exposure, one_line(error)))
+            if not isinstance(error, MissingKnowledgeError):
+                broke.append(attack)
+
+        made: Sequence[InferenceScore] = []
+        try:
+            made = compute(skipped)
+        except FAILURES as error:
+            skipped(what, error)
+        self.left += left
+        if broke:
+            self.failed.update(measures)
+        elif self._kept is not None and made:
+            content = {"rows": [row.to_dict() for row in made], "left": [(each.attack, each.why) for each in left]}
+            self._kept.keep_json(trial, key, content)
+        return made
 
     def close(self) -> None:
         """Say that all is done."""

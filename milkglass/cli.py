@@ -107,7 +107,7 @@ def audit(
         bool, typer.Option("--quick", help="Fewer and smaller attacks: under a minute on digits.")
     ] = False,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Every attack on records, a malicious server too: hours.")
+        bool, typer.Option("--thorough", help="Every attack on records, a malicious server too: long.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where audit.json goes; default the run folder.")

@@ -165,10 +165,11 @@ class Finding:
 def find(trial: Trial, suite: Sequence[Attack], source: Source, runner: Callable[[str], Runner]) -> Finding:
     """Run the suite on the answer alone, then on the trial, and score it. runner: by what the attacks are run on."""
     view, exposure = trial.view, trial.view.exposure
-    entitled, _ = run_suite(answer_alone(view), from_pairs(suite), runner(f"{exposure}, from the answer alone"))
+    entitled, broken = run_suite(answer_alone(view), from_pairs(suite), runner(f"{exposure}, from the answer alone"))
     entitled = [run for run in with_finite_errors(entitled, trial) if run.complete]  # a baseline for every record
     once = [attack for attack in suite if exposure == "fresh" or "training" not in attack.knows]  # a training is one
     runs, skipped = run_suite(view, once, runner(exposure), members=entitled)
+    skipped = [*(skip for skip in broken if skip.broke), *skipped]
     runs = with_finite_errors(runs, trial)
     errors_entitled_T = squared_errors(best(entitled).reconstruction.target, trial.truth)
     ridge_errors_N = next((run.errors_n for run in runs if isinstance(run.attack, Ridge)), None)

@@ -21,6 +21,7 @@ from milkglass.attacks.features import answer_alone
 from milkglass.attacks.labels import GradientDirection, GradientNorm, LabelAttack, ModelCompletion
 from milkglass.attacks.matching import MatchingGame
 from milkglass.attacks.membership import ClassDistance, LossThreshold, MembershipAttack
+from milkglass.attacks.suite import FAILURES
 from milkglass.errors import AuditError, MissingKnowledgeError
 from milkglass.leakage.classification import (
     balanced_accuracy,
@@ -39,11 +40,11 @@ MINIMUM_OF_A_KIND: Final = 8
 RATES: Final = (("tpr@1%", 0.01, 99), ("tpr@0.1%", 0.001, 10_000))
 """Measure, false positive rate, and how many outsiders must be there to set its threshold."""
 
-Skipped = Callable[[str, str], None]
-"""(attack, why): it was left out, as the view lacks something that it must know."""
+Skipped = Callable[[str, Exception], None]
+"""(attack, what it ended with): it was left out, as the view lacks something that it must know, or as it broke."""
 
 
-def unheard(attack: str, why: str) -> None:
+def unheard(attack: str, error: Exception) -> None:
     """Nobody is told."""
 
 
@@ -69,6 +70,7 @@ class InferenceScore:
     n: int
     seconds: float
     details: Mapping[str, float]
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As in audit.json."""
@@ -86,7 +88,8 @@ def audit_attributes(
     details: `chosen` is 1 for the row that does best on validation records, which comes first, else 0;
     `balanced_accuracy` and `prior` (0..1), whose difference is the value; `validation`, balanced accuracy there.
 
-    Raises AuditError where an attribute has one value only, is not whole numbers from 0 on, or is not in the pairs.
+    A probe that fails is left out. Raises AuditError where an attribute of the target has one value only, or is not
+    whole numbers from 0 on.
     """
     view = trial.view
     alone = [probe for probe in probes if set(probe.knows) <= {"pairs"}]
@@ -102,8 +105,8 @@ def audit_attributes(
             for probe in tries:
                 try:
                     guess = probe.attack(seen, attribute, next(steps))
-                except MissingKnowledgeError as error:
-                    skipped(probe.name, str(error))
+                except FAILURES as error:
+                    skipped(probe.name, error)
                     continue
                 validation = balanced_accuracy(guess.validation_N, view.validation.attributes[attribute])
                 tried.append((probe, where, guess, validation))
@@ -118,18 +121,24 @@ def audit_attributes(
                 **_over_prior(measured, true_T),
             }
             measure, exposure = f"attribute.{attribute}", view.exposure
-            rows.append(_row(measure, probe, measured, exposure, len(true_T), guess.seconds, details, where))
+            row = _row(measure, probe, measured, exposure, len(true_T), guess.seconds, details, where)
+            rows.append(replace(row, note=guess.note))
     return tuple(rows)
 
 
-def audit_matching(trial: Trial, seed: int = 0, tick: Tick = silent) -> tuple[InferenceScore, ...]:
+def audit_matching(
+    trial: Trial, seed: int = 0, tick: Tick = silent, skipped: Skipped = unheard
+) -> tuple[InferenceScore, ...]:
     """The row of "matching": which of the test records was sent, told by who has the client's weights and all of them.
 
-    Among at most 1,000. details: `candidates`, and `chance`, one over that. Raises MissingKnowledgeError where the view
-    lacks the weights.
+    Among at most 1,000; none where the view lacks the weights. details: `candidates`, and `chance`, one over that.
     """
     game, view = MatchingGame(), trial.view
-    game.check(view)
+    try:
+        game.check(view)
+    except MissingKnowledgeError as error:
+        skipped(game.name, error)
+        return ()
     count = min(MATCH_AMONG, len(trial.truth))
     order_N = torch.randperm(count, generator=public_source(seed).derive("inference").generator("matching"))
     target = Release(
@@ -170,7 +179,7 @@ def audit_membership(
         try:
             scores = attack.attack(trial.view, step)
         except MissingKnowledgeError as error:
-            skipped(attack.name, str(error))
+            skipped(attack.name, error)
             continue
         scores_T, seconds = scores.candidates_T, scores.seconds
         area = auc(scores_T, member_T)
@@ -214,7 +223,7 @@ def audit_labels(
         try:
             made = attack.attack(view, step)
         except MissingKnowledgeError as error:
-            skipped(attack.name, str(error))
+            skipped(attack.name, error)
             continue
         scores_TK = made.scores_TK[unknown_T]
         area = leak_auc(scores_TK, true_T)

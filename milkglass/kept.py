@@ -43,7 +43,7 @@ class Kept:
             tensors = safetensors.torch.load_file(self._path(view, repr(attack), "safetensors"))
             note = bytes(tensors["note"].tolist()).decode()
             return Reconstruction(tensors["validation"], tensors["target"], float(tensors["seconds"]), note)
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
     def keep_reconstruction(self, view: View, attack: Method, made: Reconstruction) -> None:

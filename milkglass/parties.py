@@ -166,16 +166,17 @@ class Client(_Party):
         return self._release(x, training=False)
 
     @torch.no_grad()
-    def rehearse(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def rehearse(self, x: Tensor, generator: torch.Generator, *, training: bool = True) -> Tensor:
         """What this client would send for records `x` (B, ...) as a batch of its training, without a trace on it.
 
-        generator: for dropout. The statistics of BatchNorm and the count of noise draws are put back.
+        generator: for dropout. The statistics of BatchNorm and the count of noise draws are put back. training: False
+        for a release in evaluation mode.
         """
         own, block = self.generator, self.noise.block
         buffers = [(buffer, buffer.clone()) for buffer in self.stage.buffers()]
         self.generator = generator
         try:
-            return self._release(x, training=True)
+            return self._release(x, training=training)
         finally:
             self.generator, self.noise.block = own, block
             for buffer, before in buffers:

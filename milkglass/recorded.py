@@ -50,7 +50,7 @@ def trial_from(
     """A trial from arrays of N rows: the attacker knows 60 % of them, chooses on 10 %, and rebuilds up to 2,000 more.
 
     Rows of one and the same record, such as its releases in several epochs, stay together: who knows a record's pair
-    has nothing left to rebuild.
+    has nothing left to rebuild. Of a record that is to be rebuilt there is one row, the first.
 
     activations: (N, ...) numbers. records: pictures (N, H, W), (N, H, W, C) or (N, C, H, W), bytes or numbers, put into
     [0, 1]; or (N, F) numbers, whose columns are standardized. entitled: (N, E) numbers that the receiver was meant to
@@ -81,7 +81,9 @@ def trial_from(
     rows_N = place_N.argsort(stable=True)
     ends = [int((place_N < end).sum()) for end in (targets, targets + validation)]
     target_T, validation_N, known_N = torch.tensor_split(rows_N, ends)
-    target_T = target_T[:MOST_TARGETS]
+    # one row of each record to rebuild: its other releases would pass for more records, and the interval be too narrow
+    first_T = place_N[target_T].diff(prepend=torch.tensor([-1])) != 0
+    target_T = target_T[first_T][:MOST_TARGETS]
     z = _centered(activations, known_N)
     if bool((z == z[:1]).all()):
         raise DataError(f"{where[0]}: every row is the same; expected activations that depend on the record")
@@ -126,6 +128,8 @@ def _check(array: Array, where: str) -> None:
 def _same_records(records: Array) -> Tensor:
     """For each row the number of its record, from 0, equal for equal records: (N,)."""
     flat_NP = np.ascontiguousarray(records.reshape(len(records), -1))
+    if flat_NP.dtype.kind == "f":
+        flat_NP = flat_NP + 0  # -0 is 0
     _, record_of_N = np.unique(flat_NP.view(np.dtype((np.void, flat_NP[0].nbytes))).ravel(), return_inverse=True)
     return torch.from_numpy(record_of_N.astype(np.int64))
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
 from milkglass.defenses.noise import Noise
-from milkglass.errors import AuditError, MilkglassError, RunError
+from milkglass.errors import AuditError, HijackError, MilkglassError, RunError
 from milkglass.messages import Message, Responder
 from milkglass.networks import build
 from milkglass.parties import Client
@@ -137,7 +137,7 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
     """
     setup = set_up(recipe, private, records=records, wrap=lambda _: LocalTransport(server))
     part = records.train[setup.client.name]
-    done, epoch, stopped = 0, 0, None
+    done, epoch, stopped, by_guard = 0, 0, None, False
     try:
         while done < steps:
             epoch += 1
@@ -145,11 +145,11 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
                 setup.client.step(part.x[rows], part.y[rows])
                 done += 1
     except MilkglassError as error:  # its guard, or what it refuses: a gradient that is not finite
-        stopped = str(error)
+        stopped, by_guard = str(error), isinstance(error, HijackError)
         if done == 0:
             raise AuditError(f"the client stopped before its first batch was over: {stopped}") from None
     validation, target = (release_all(setup.client, part.x) for part in (records.validation, records.test))
-    return Driven(validation, target, done, stopped)
+    return Driven(validation, target, done, stopped, by_guard)
 
 
 def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
@@ -278,14 +278,14 @@ def _trained_on(
     setup = set_up(recipe, _first_key(run), records=records)
     part = records.train[name]
     first = part.x[: min(len(part), len(records.test))]
-    width = release_all(setup.client, first[:1])[0].numel()
     epochs = recipe.training.epochs
-    kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
     watch = _Watch(setup.server)
     setup.client.transport = LocalTransport(watch)
     owned = (records.auxiliary, records.validation)
     source = public_source(recipe.seed).derive("audit")
     draws, dropout = source.generator("moments"), source.generator("dropout")
+    width = setup.client.rehearse(first[:1], dropout, training=False).numel()
+    kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
     moments_of = [torch.randperm(len(own), generator=draws) for own in owned]
     seen = [_Seen(len(own), kept) for own in owned]
     targets = _Seen(len(first), kept)
@@ -294,11 +294,11 @@ def _trained_on(
         for step, rows in enumerate(batches):
             for sight, own, moments in zip(seen, owned, moments_of, strict=True):
                 now = (moments % len(batches) == step).nonzero()[:, 0]
-                for rows_B in torch.tensor_split(now, -(-len(now) // len(rows)) or 1):
-                    x_B = own.x[rows_B]
-                    # BatchNorm needs two records
-                    sent = setup.client.rehearse(x_B, dropout) if len(x_B) > 1 else release_all(setup.client, x_B)
-                    sight.add(group, rows_B, sent)
+                if not len(now):
+                    continue
+                for rows_B in torch.tensor_split(now, -(-len(now) // len(rows))):
+                    alone = len(rows_B) == 1  # BatchNorm needs two records
+                    sight.add(group, rows_B, setup.client.rehearse(own.x[rows_B], dropout, training=not alone))
             result = setup.client.step(part.x[rows], part.y[rows])
             progress.batch(epoch, step + 1, len(batches), result)
             wanted = rows < len(first)
@@ -315,7 +315,7 @@ def _trained_on(
 
 
 class _Seen:
-    """What was seen of N records: sums of releases, (N, D) a group of epochs, and how many there were."""
+    """What was seen of N records: sums of releases, (N, ...) a group of epochs, and how many there were."""
 
     def __init__(self, records: int, groups: int) -> None:
         self._sums: list[Tensor | None] = [None] * groups
@@ -325,17 +325,21 @@ class _Seen:
         """One release of each of these records."""
         sums = self._sums[group]
         if sums is None:
-            sums = self._sums[group] = torch.zeros(self._times_GN.shape[1], sent[:1].numel(), dtype=sent.dtype)
-        sums[rows] += sent.flatten(1)
+            sums = self._sums[group] = torch.zeros(self._times_GN.shape[1], *sent.shape[1:], dtype=sent.dtype)
+        sums[rows] += sent
         self._times_GN[group, rows] += 1
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """(n, groups * D) means of the n records that were seen at all, and which these are, (n,)."""
-        sums_GND = torch.stack([sums for sums in self._sums if sums is not None])
+        """Means of the n records that were seen at all, and which these are, (n,).
+
+        The groups stand side by side in the first dimension of a release: (n, groups * D), or (n, groups * A, h, w).
+        """
+        sums_GN = torch.stack([sums for sums in self._sums if sums is not None])
         crossed = self._times_GN.sum(0).nonzero()[:, 0]
-        sums_GnD, times_Gn1 = sums_GND[:, crossed], self._times_GN[:, crossed, None]
-        means_GnD = torch.where(times_Gn1 > 0, sums_GnD / times_Gn1.clamp_min(1), sums_GnD.sum(0) / times_Gn1.sum(0))
-        return means_GnD.transpose(0, 1).flatten(1), crossed
+        sums_Gn = sums_GN[:, crossed]
+        times_Gn = self._times_GN[:, crossed].reshape(*sums_Gn.shape[:2], *[1] * (sums_Gn.ndim - 2))
+        means_Gn = torch.where(times_Gn > 0, sums_Gn / times_Gn.clamp_min(1), sums_Gn.sum(0) / times_Gn.sum(0))
+        return means_Gn.transpose(0, 1).flatten(1, 2), crossed
 
 
 class _Watch:

@@ -104,23 +104,25 @@ class Driven:
     """What the real client sent for validation (N, ...) and target records (T, ...) after a training replayed for an
     attacker.
 
-    steps: batches it trained. stopped: why a guard of the client ended the training early; None where none did.
+    steps: batches it trained. stopped: why the client ended the training early; None where it did not. by_guard:
+    whether it did because its guard took the server for a hijacker.
     """
 
     validation: Tensor
     target: Tensor
     steps: int
     stopped: str | None = None
+    by_guard: bool = False
 
-    @property
-    def note(self) -> str:
-        """That the training ended early, or left nothing to read; "" where it did not."""
+    def note(self, noise_sigma: float) -> str:
+        """That the training ended early, or left nothing to read but the client's noise; "" where it did not."""
         if self.stopped:
+            rests = "; this result rests on its guard" if self.by_guard else ""
             return (
-                f"the client stopped after {self.steps} batches, and what it would have sent then is attacked, so this "
-                f"result rests on its guard: {self.stopped}"
+                f"the client stopped after {self.steps} batches, and what it would have sent then is attacked{rests}: "
+                f"{self.stopped}"
             )
-        if bool((self.target == self.target[:1]).all()):
+        if float(self.target.flatten(1).std(0).max()) <= 1.5 * noise_sigma:
             return "the client ended up sending the same for every record: this training broke it, another may not"
         return ""
 

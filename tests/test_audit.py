@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, final
 
 import pytest
@@ -18,8 +19,10 @@ from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge, fit_ridge
 from milkglass.attacks.suite import STRENGTHS, attacks_of, attribute_probes, membership_attacks
 from milkglass.audit import Audit, audit
-from milkglass.audit_work import Left
-from milkglass.errors import AuditError
+from milkglass.audit_work import Left, Work
+from milkglass.errors import AuditError, MissingKnowledgeError
+from milkglass.inference import InferenceScore, Skipped
+from milkglass.kept import Kept
 from milkglass.transcript import Pairs, Release, Trial, View
 
 QUICK: tuple[Attack, ...] = (MeanRecord(), Ridge(), KernelRidge(), Decoder(steps=20, width=8))
@@ -580,3 +583,37 @@ def test_strengths_hold_what_they_promise() -> None:
     assert attribute_probes("thorough")[-1].name == "fsha attribute"
     with pytest.raises(AuditError, match="did you mean 'thorough'"):
         attacks_of("thorogh")  # type: ignore[arg-type]
+
+
+def test_an_attack_that_breaks_on_the_answer_alone_leaves_no_verdict() -> None:
+    attacks = [MeanRecord(), Ridge(), Breaks(RuntimeError("out of memory"), values=0)]
+    found = audit(trial_of(half_open()), attacks=attacks, budget={"peek": 0.9})
+    assert found.verdict == "inconclusive"
+    assert "fresh: breaks broke, so there is no verdict" in found.notes
+
+
+def test_what_was_left_out_is_told_again_where_results_are_kept(tmp_path: Path) -> None:
+    row = InferenceScore("matching", "game", "malicious", ("pairs",), "fresh", 0.1, 0.0, 0.2, 9, 0.0, {})
+
+    def compute(skipped: Skipped) -> list[InferenceScore]:
+        skipped("other", MissingKnowledgeError("attack 'other' needs a training; the view has none"))
+        return [row]
+
+    def never(_: Skipped) -> list[InferenceScore]:
+        raise AssertionError("it is kept")
+
+    trial = trial_of(half_open())
+    for asked in (compute, never):
+        work = Work(None, Kept(tmp_path), 0, 1)
+        assert [found.to_dict() for found in work.rows("game", "fresh", trial, asked, ["matching"])] == [row.to_dict()]
+        assert [left.attack for left in work.left] == ["other"]
+        assert not work.failed
+
+    def breaks(skipped: Skipped) -> list[InferenceScore]:
+        skipped("other", RuntimeError("out of memory"))
+        return [row]
+
+    for _ in range(2):  # what broke is tried again
+        work = Work(None, Kept(tmp_path), 0, 1)
+        assert len(work.rows("another", "fresh", trial, breaks, ["matching"])) == 1
+        assert work.failed == {"matching"}

@@ -131,10 +131,13 @@ def test_rows_of_one_record_stay_together() -> None:
     trial = trial_from(codes[order], records[order])
     parts = [trial.view.known.records, trial.view.validation.records, trial.truth]
     distinct = [set(map(tuple, part.tolist())) for part in parts]
-    assert [len(part) for part in parts] == [600, 100, 300]
+    assert [len(part) for part in parts] == [600, 100, 60]
     assert [len(part) for part in distinct] == [120, 20, 60]
     assert not distinct[0] & distinct[2]
     assert not distinct[1] & distinct[2]
+    signs = np.where(np.arange(5 * ROWS)[:, None] % 2, -0.0, 0.0) + np.zeros((5 * ROWS, 1))
+    with_zeros = trial_from(codes[order], np.concatenate([records, signs], axis=1)[order])
+    assert len(with_zeros.truth) == 60  # -0 is 0
     with pytest.raises(DataError, match="records: 40 different records are too few"):
         trial_from(codes, np.repeat(draws(1).normal(size=(40, 4)), 25, axis=0))
 

@@ -25,9 +25,10 @@ from milkglass.networks import build
 from milkglass.parties import Server
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
-from milkglass.replay import drive, find_reference, load_parties, release_all, replay
+from milkglass.replay import _Watch, drive, find_reference, load_parties, release_all, replay
 from milkglass.runs import RunFolder
 from milkglass.training.split import batches_of, deal_records, set_up, train
+from milkglass.transports.local import LocalTransport
 from tests.helpers import KEY, small_recipe
 
 
@@ -348,3 +349,33 @@ def test_sensitive_columns_and_members_go_through_the_command_to_a_verdict(
     capsys.readouterr()
     assert verdict("attribute.sexe<=0.1") == 2
     assert "did you mean 'attribute.sex'" in capsys.readouterr().err
+
+
+def test_few_targets_among_many_training_records_and_fewer_pairs_than_batches(tmp_path: Path) -> None:
+    data = {"name": "digits", "train_records": 900, "test_records": 20, "test_share": 0.1}
+    training = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-2}
+    attacker = {"auxiliary_share": 0.1, "validation_share": 0.02}
+    network = {"name": "cnn", "settings": {"width": 4, "hidden": 8}}
+    recipe = small_recipe(data=data, training=training, attacker=attacker, network=network, cut={"at": "block1"})
+    run = _trained(tmp_path / "run", recipe)
+    trial = replay(run, run, trained_on=True).trials[-1]
+    maps = load_parties(run).client.release(trial.truth[:1]).shape[1:]
+    assert len(maps) == 3
+    assert trial.view.target.activations.shape == (20, *maps)  # one epoch: maps stay maps
+    assert trial.view.validation.activations.shape == (len(trial.view.validation), *maps)
+
+
+def test_a_replayed_training_is_the_runs_own_noise_and_all(tmp_path: Path) -> None:
+    recipe = small_recipe(defense={"noise": {"sigma": 0.3}})
+    run = _trained(tmp_path / "run", recipe)
+    trial = replay(run, run, trained_on=True).trials[-1]
+    setup = set_up(recipe)
+    part = setup.records.train["client"]
+    sent: dict[tuple[int, int], torch.Tensor] = {}
+    for epoch in (1, 2):
+        for rows in batches_of(setup, epoch):
+            setup.client.transport = LocalTransport(watch := _Watch(setup.server))
+            setup.client.step(part.x[rows], part.y[rows])
+            sent |= {(epoch, int(row)): z for row, z in zip(rows, watch.last, strict=True)}
+    for row, z in enumerate(trial.view.target.activations):
+        assert torch.equal(z, torch.cat([sent[1, row], sent[2, row]]))

@@ -45,11 +45,13 @@ PATIENCE: Final = 8
 
 @dataclass(frozen=True)
 class AttributeGuess:
-    """The attribute's guessed values of the validation records (N,) and of the target's (T,), int64."""
+    """The attribute's guessed values of the validation records (N,) and of the target's (T,), int64; note as in
+    Reconstruction."""
 
     validation_N: Tensor
     target_T: Tensor
     seconds: float
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -153,14 +153,15 @@ class FsAttribute(AttributeProbe):
             hint = nearest(attribute, view.known.attributes)
             raise AuditError(f"attribute {attribute!r}: the known pairs do not have it; {hint or 'they have none'}")
         values_G, of_N = torch.unique(view.known.attributes[attribute], return_inverse=True)
-        validation, target, _ = hijack(
+        validation, target, note = hijack(
             view,
             self._plan,
             lambda sent: classifier(sent, len(values_G), self._plan.width),
             lambda logits_BG, rows_B: F.cross_entropy(logits_BG, of_N[rows_B]),
             tick,
         )
-        return AttributeGuess(values_G[validation.argmax(1)], values_G[target.argmax(1)], time.perf_counter() - start)
+        guesses = [values_G[logits_NG.argmax(1)] for logits_NG in (validation, target)]
+        return AttributeGuess(guesses[0], guesses[1], time.perf_counter() - start, note)
 
 
 def hijack(
@@ -199,7 +200,7 @@ def hijack(
         lambda done: tick(plan.head_start + done, total),
     )
     driven = knows.train(server, plan.iterations)
-    return _in_parts(head, driven.validation), _in_parts(head, driven.target), driven.note
+    return _in_parts(head, driven.validation), _in_parts(head, driven.target), driven.note(knows.noise_sigma)
 
 
 def scale_over(penalty: Callable[[Tensor, Tensor], Tensor | None], records_N: Tensor, wanted_N: Tensor) -> float:

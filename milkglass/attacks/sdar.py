@@ -117,7 +117,7 @@ class Sdar(Attack):
             as_records(learner.decode(sent, cast(Tensor, y_N)).flatten(1), view)
             for sent, y_N in zip((driven.validation, driven.target), labels, strict=True)
         ]
-        return Reconstruction(made[0], made[1], time.perf_counter() - start, driven.note)
+        return Reconstruction(made[0], made[1], time.perf_counter() - start, driven.note(knows.noise_sigma))
 
 
 @final

@@ -133,6 +133,11 @@ class Run:
         return self.usable and self.complete and "training" not in self.attack.knows
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an attack ended with, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class Skipped:
     """An attack that gave nothing, and why. broke: not that it does not apply here, but in the middle of its work."""
@@ -144,8 +149,7 @@ class Skipped:
     @classmethod
     def by(cls, attack: Method, error: BaseException) -> Self:
         """After what it ended with."""
-        lines = str(error).splitlines() or [type(error).__name__]
-        return cls(attack.name, lines[0], broke=not isinstance(error, AuditError))
+        return cls(attack.name, one_line(error), broke=not isinstance(error, AuditError))
 
 
 def straight(attack: Attack, view: View) -> Reconstruction:

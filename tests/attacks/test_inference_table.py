@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
 from torch.nn import functional as F
 
 from milkglass.attacks.attributes import AttributeProbe, LinearProbe, MlpProbe
@@ -25,6 +24,7 @@ from milkglass.attacks.fsha import FsAttribute, Plan
 from milkglass.attacks.labels import GradientDirection, GradientNorm, LabelAttack, ModelCompletion
 from milkglass.attacks.membership import ClassDistance, Lira, LossThreshold, MembershipAttack
 from milkglass.inference import InferenceScore, audit_attributes, audit_labels, audit_matching, audit_membership
+from milkglass.messages import Message
 from milkglass.replay import Replay, load_parties, replay
 from milkglass.runs import RunFolder
 from milkglass.training.split import train
@@ -204,9 +204,14 @@ def test_membership(row: Areas, runs: Runs, by_heart: dict[str, Any]) -> None:
     def area(cut: str, *, of_others: bool = False) -> InferenceScore:
         trial = runs.replayed(cut, **by_heart).membership
         assert trial is not None
-        if of_others:  # whoever's release it is, it is not the candidate's
-            mixed = torch.randperm(len(trial.member), generator=torch.Generator().manual_seed(0))
-            trial = replace(trial, member=trial.member[mixed])
+        if of_others:  # another candidate's release, and record, and label: every second one a member's
+            half = len(trial.member) // 2
+            other = torch.stack([torch.arange(half), half + torch.arange(half)], dim=1).flatten()
+            seen, records = trial.view.candidates, trial.view.records
+            assert seen.labels is not None
+            assert records is not None
+            mixed = Release(seen.activations[other], seen.entitled[other], seen.labels[other])
+            trial = replace(trial, view=replace(trial.view, candidates=mixed, records=records[other]))
         return next(found for found in audit_membership(trial, [row.attack]) if found.measure == "membership.auc")
 
     for cut, least in (("identity", row.identity), ("undefended", row.undefended), ("NoPeek", row.nopeek)):
@@ -216,6 +221,10 @@ def test_membership(row: Areas, runs: Runs, by_heart: dict[str, Any]) -> None:
 
 
 def test_the_gradients_of_a_run_are_those_that_its_server_returns(runs: Runs) -> None:
-    trial = runs.gradients("undefended")
-    total: Tensor = trial.view.gradients.flatten(1).norm(dim=1)
-    assert (total > 0).all()
+    setup, trial = load_parties(runs.run("undefended")), runs.gradients("undefended")
+    assert trial.view.activations is not None
+    for parameter in setup.server.stage.parameters():
+        parameter.requires_grad_()
+    setup.server.optimizer = None
+    message = Message("activations", "client", 0, {"activations": trial.view.activations, "labels": trial.labels})
+    torch.testing.assert_close(trial.view.gradients, setup.server.reply(message).tensors["gradient"])

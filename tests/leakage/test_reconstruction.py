@@ -122,13 +122,12 @@ def test_matching_is_among_the_first_thousand() -> None:
 
 
 def test_the_interval_of_a_few_records_errs_above_no_more_often_than_it_says() -> None:
-    draws, audits, missed = generator(2), 600, 0
-    for _ in range(audits):
-        shared_T = -torch.rand(32, generator=draws).log()
-        entitled_T = shared_T + 0.5 * torch.rand(32, generator=draws)
-        attack_T = 0.4 * shared_T + 0.2 * torch.rand(32, generator=draws)
-        missed += peek(attack_T, entitled_T, draws, resamples=400).high < 1 - 0.5 / 1.25
-    assert missed <= 0.035 * audits  # the plain percentile interval: about 4 %
+    draws, audits, missed = generator(2), 1000, 0
+    for _ in range(audits):  # a mean of eight, its variance unknown: the plain percentile interval misses 9 to 10 %
+        errors_T = 1 + 0.2 * torch.randn(8, generator=draws)
+        found = peek(errors_T, torch.full((8,), 2.0), draws, resamples=400)
+        missed += not found.low <= 0.5 <= found.high
+    assert missed <= 0.065 * audits
 
 
 def test_one_record_says_nothing_of_others() -> None:
