@@ -5,7 +5,8 @@
 
 {none, Euclidean, squared distances, bias-corrected} x {decoder, defense-aware decoder, FSHA, SDAR}. A cell is a run of
 examples/fashion-mnist.toml, shared with benchmarks.accuracy_peek, and `attackers.json` in its folder. The weights are
-those at which the three estimators cost about as much accuracy. What is finished is not made again.
+those at which the three estimators cost about as much accuracy. The stack is of those attackers that know pairs. What
+is finished is not made again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge
 from milkglass.attacks.sdar import Sdar
+from milkglass.attacks.stack import Stack
 from milkglass.findings import find
 from milkglass.kept import Kept
 from milkglass.randomness import public_source
@@ -45,8 +47,8 @@ RESULT: Final = "attackers.json"
 def suite() -> tuple[Attack, ...]:
     """The four attackers, after those that the entitled baseline needs.
 
-    FSHA's gradient is scaled against the penalty's; the optimizer, Adam, does not feel it otherwise. SDAR's critics
-    weigh more than the authors', as its training is short.
+    FSHA's gradient is scaled over the penalty's, and SDAR's simulator has the penalty. SDAR's critics weigh more than the
+    authors', as its training is short.
     """
     fsha = FsHijack(Plan(iterations=600, loss_scale=100.0))
     sdar = Sdar(iterations=400, simulator_weight=0.5, decoder_weight=0.1)
@@ -80,7 +82,7 @@ def attack(cell: Cell, folder: Path, attackers: list[str]) -> None:
 
 def render(folder: Path, seeds: list[int]) -> str:
     """The table, in markdown: peek of each attacker, its interval, or the range over seeds where there are several."""
-    names = list(NAMES)
+    names = [*NAMES, Stack.name]
     lines = [
         f"<!-- python -m benchmarks.estimators; {machine_line()} -->",
         "",
