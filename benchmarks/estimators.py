@@ -47,7 +47,7 @@ RESULT: Final = "attackers.json"
 def suite() -> tuple[Attack, ...]:
     """The four attackers, after those that the entitled baseline needs.
 
-    FSHA's gradient is scaled over the penalty's, and SDAR's simulator has the penalty. SDAR's critics weigh more than the
+    FSHA's gradient is scaled over the penalty's, and SDAR's simulator has the penalty; its critics weigh more than the
     authors', as its training is short.
     """
     fsha = FsHijack(Plan(iterations=600, loss_scale=100.0))
