@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _milkglass(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "milkglass", *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", "milkglass", *arguments], stdout=sys.stderr, check=False)
     if done.returncode not in (0, 4):  # 4: an inconclusive audit is a result, and the table says so
         raise SystemExit(f"milkglass {' '.join(arguments)} ended with {done.returncode}")
 
