@@ -453,7 +453,8 @@ class _Hijacker:
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._server = Server(*arguments, **named)
-        self.name, self.state, self.stage = self._server.name, self._server.state, self._server.stage
+        self.name, self.stage = self._server.name, self._server.stage
+        self.state, self.load_state = self._server.state, self._server.load_state
 
     def reply(self, message: Message) -> Message:
         answer = self._server.reply(message)
