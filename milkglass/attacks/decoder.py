@@ -38,6 +38,8 @@ CHECKED: Final = 400
 """On so many validation pairs; whether the best one is better than none at all is then asked of all pairs."""
 PATIENCE: Final = 6
 """Training ends when this many checks in a row were no better than the best."""
+PAIRS_A_MAP: Final = 4
+"""With fewer known pairs for each map, the correction does without the maps."""
 SIDE_TO_FOLD: Final = 16
 """Pictures at least this wide and high, and even, are worked on at half size, with four times the channels."""
 
@@ -105,13 +107,15 @@ def decoder_rows(view: View, fit: RidgeFit) -> list[Rows]:
 def beside(view: View, features_NF: Tensor) -> Tensor:
     """What the correction sees beside the ridge image: for pictures the activations, where these are maps, else none.
 
-    For flat records all features. In about unit spread.
+    Nor where there are too many maps for so few pairs, as after a training of many epochs: it would learn these by
+    heart. For flat records all features. In about unit spread.
     """
     shape, seen = view.known.records.shape[1:], view.known.activations.shape[1:]
     side = features_NF.float()
     if len(shape) == 3:
-        width = seen.numel() if len(seen) == 3 else 0
-        maps = seen if len(seen) == 3 else torch.Size((0, *shape[1:]))
+        are_maps = len(seen) == 3 and seen[0] * PAIRS_A_MAP <= len(view.known)
+        width = seen.numel() if are_maps else 0
+        maps = seen if are_maps else torch.Size((0, *shape[1:]))
         return (side[:, :width] * math.sqrt(max(width, 1))).reshape(len(side), *maps)
     return side * math.sqrt(side.shape[1])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from milkglass.attacks import stack
 from milkglass.attacks.base import Attack, Reconstruction
-from milkglass.attacks.decoder import Decoder
+from milkglass.attacks.decoder import Decoder, beside
 from milkglass.attacks.features import answer_alone, as_records, features
 from milkglass.attacks.kernel_ridge import KernelRidge
 from milkglass.attacks.mean_record import MeanRecord
@@ -272,3 +272,11 @@ def test_attacks_are_chosen_by_name() -> None:
 def test_settings_out_of_range_are_refused(make: type[Attack]) -> None:
     with pytest.raises(AuditError, match="expected at least"):
         make()
+
+
+@pytest.mark.parametrize(("maps", "seen"), [(3, 3), (20, 20), (21, 0)])
+def test_maps_are_looked_at_where_there_are_pairs_enough_to_learn_them(maps: int, seen: int) -> None:
+    sent, records = torch.rand(80, maps, 2, 2), torch.rand(80, 1, 8, 8)
+    pairs = Pairs(sent, records, torch.zeros(80, 0))
+    view = View(pairs, pairs, Release(sent, torch.zeros(80, 0)))
+    assert beside(view, features(view).known_NF).shape[:2] == (80, seen)
