@@ -122,7 +122,8 @@ class Driven:
                 f"the client stopped after {self.steps} batches, and what it would have sent then is attacked{rests}: "
                 f"{self.stopped}"
             )
-        if float(self.target.flatten(1).std(0).max()) <= 1.5 * noise_sigma:
+        same = bool((self.target == self.target[:1]).all())  # a spread of 0 may come out as rounding
+        if same or (noise_sigma > 0 and float(self.target.flatten(1).std(0).max()) <= 1.5 * noise_sigma):
             return "the client ended up sending the same for every record: this training broke it, another may not"
         return ""
 

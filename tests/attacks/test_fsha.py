@@ -271,3 +271,12 @@ def test_a_guard_that_stopped_it_is_told(records: Deal) -> None:
     assert re.match(
         r"the client stopped after \d+ batches, .* rests on its guard: .* hardly depend on the labels", note
     )
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_a_client_that_sends_the_same_for_every_record_is_told_through_its_noise_too(sigma: float) -> None:
+    draws = torch.Generator().manual_seed(5)
+    noise = sigma * torch.randn(200, 4, generator=draws)
+    broken, whole = torch.full((200, 4), 0.1) + noise, 3 * torch.randn(200, 4, generator=draws) + noise
+    assert "the same for every record" in Driven(broken, broken, 9).note(sigma)
+    assert Driven(whole, whole, 9).note(sigma) == ""

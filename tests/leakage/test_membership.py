@@ -158,3 +158,11 @@ def test_with_many_non_members_the_interval_of_a_rate_is_about_that_of_a_share()
     assert found.low <= share.low
     assert found.high >= share.high
     assert found.high - found.low < 1.35 * (share.high - share.low)
+
+
+def test_with_some_hundred_non_members_a_tight_budget_is_rarely_met_even_where_nothing_leaks() -> None:
+    draws, met = generator(11), 0
+    for _ in range(100):
+        (scores_T, member_T), calibration_N = gaussians(0.0, 400, 400, draws), torch.randn(540, generator=draws)
+        met += true_positive_rate(scores_T[member_T], scores_T[~member_T], calibration_N, 0.01).true.high <= 0.03
+    assert met < 30
