@@ -29,11 +29,11 @@ from benchmarks.hijacking import answer_of
 from benchmarks.setting import machine_line
 from milkglass.attacks.base import Reconstruction
 from milkglass.attacks.fsha import FsHijack, Plan
+from milkglass.client import Guards, StepResult
 from milkglass.errors import HijackError
 from milkglass.leakage.estimate import Estimate
 from milkglass.leakage.reconstruction import peek, squared_errors
 from milkglass.messages import Responder
-from milkglass.parties import StepResult
 from milkglass.randomness import public_source
 from milkglass.recipe import Recipe, load_recipe
 from milkglass.replay import replay
@@ -92,7 +92,7 @@ class _Scores(Silence):
 
     def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:  # noqa: ARG002
         """Look at the guard."""
-        guard = self._setup.client.hijack_guard
+        guard = self._setup.client.guards.hijack
         if result.mislabeled and guard is not None and guard.score is not None:
             self.judged.append(guard.score)
 
@@ -112,7 +112,7 @@ def honest_run(seed: int) -> dict[str, Any]:
                     train_epoch(setup, epoch, watch)
             except HijackError:
                 alarm = setup.client.steps
-                setup.client.hijack_guard = None  # else nothing more is sent, not to be evaluated either
+                setup.client.guards = Guards()  # else nothing more is sent, not to be evaluated either
             judged += watch.judged
             accuracy["guarded" if guarded else "plain"] = evaluate_on_test(setup, HONEST_EPOCHS).accuracy
     return {"seed": seed, "alarm_at": alarm, "judged": len(judged), "least_score": min(judged), "accuracy": accuracy}

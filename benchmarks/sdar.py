@@ -35,11 +35,12 @@ from milkglass.data import Deal, Records
 from milkglass.leakage.reconstruction import squared_errors, ssim
 from milkglass.messages import Responder
 from milkglass.networks import build
-from milkglass.parties import Server
 from milkglass.randomness import rehearsal_source
 from milkglass.recipe import Recipe, parse_recipe
 from milkglass.replay import drive
-from milkglass.training.split import deal_records, set_up
+from milkglass.server import Server
+from milkglass.training.setup import deal_records
+from milkglass.training.split import set_up
 from milkglass.transcript import Driven, HonestServer, Knowledge, Pairs, Release, View
 
 SHARES: Final = (0.0, 0.2, 0.4, 0.8)

@@ -20,10 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.setting import machine_line, write_result
+from milkglass.client import Client
 from milkglass.cuts import cut
 from milkglass.networks import build
-from milkglass.parties import Client, Server
 from milkglass.randomness import public_source
+from milkglass.server import Server
 from milkglass.transports.local import LocalTransport
 
 BATCH: Final = 64

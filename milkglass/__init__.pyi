@@ -1,5 +1,6 @@
 from . import audit as audit
 from .audit import Audit as Audit
+from .client import Client as Client
 from .cuts import Stages as Stages
 from .cuts import cut as cut
 from .defenses.noise import Noise as Noise
@@ -15,10 +16,9 @@ from .leakage.distance_correlation import u_distance_correlation_sqr as u_distan
 from .leakage.distance_correlation import u_distance_covariance_sqr as u_distance_covariance_sqr
 from .leakage.streaming import streaming_distance_correlation as streaming_distance_correlation
 from .messages import Message as Message
-from .parties import Client as Client
-from .parties import Server as Server
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
+from .server import Server as Server
 from .training.split import train as train
 from .transcript import Pairs as Pairs
 from .transcript import Release as Release

@@ -20,7 +20,7 @@ from milkglass.formats import load
 from milkglass.randomness import Source
 from milkglass.records import RawRecords, RawTable, Records
 
-__all__ = ["MINIMUM_PART", "Deal", "RawRecords", "Records", "deal", "load"]
+__all__ = ["MINIMUM_PART", "Deal", "RawRecords", "Records", "deal", "load", "owners_part"]
 
 MINIMUM_PART: Final = 8  # fewer records than this in one part, and nothing can be said about it
 
@@ -107,6 +107,27 @@ def deal(
         classes=classes,
         record_shape=pool.record_shape,
     )
+
+
+def owners_part(x: Tensor, owner: int, owners: int, axis: int | None = None) -> Tensor:
+    """What owner number `owner`, from 0, of `owners` holds of records (N, ...), where one file rehearses several.
+
+    A run of the columns of a table (axis 1), of the rows of pictures (axis 2; 3 for their columns): the first owners
+    have one more where they cannot all have as many. A category's one-hot columns may lie with two owners.
+
+    Raises DataError where there is not one for each owner.
+    """
+    axis = (2 if x.dim() == 4 else 1) if axis is None else axis
+    if not 1 <= axis < x.dim():
+        raise DataError(f"records of shape {tuple(x.shape[1:])}: no axis {axis}; expected 1 to {x.dim() - 1}")
+    if not 0 <= owner < owners:
+        raise DataError(f"owner {owner} of {owners}: no such owner; they count from 0")
+    if x.shape[axis] < owners:
+        raise DataError(
+            f"records of shape {tuple(x.shape[1:])}: {x.shape[axis]} columns along axis {axis} for {owners} owners; "
+            "expected at least one for each"
+        )
+    return x.tensor_split(owners, dim=axis)[owner].clone(memory_format=torch.contiguous_format)
 
 
 # Dealing: checks and scales.

@@ -8,6 +8,7 @@ MilkglassError                 one clear line: what, where, what was expected; e
 ├── EgressError                a client was about to send what nobody agreed to
 ├── HijackError                a client judged its server hostile and stopped
 ├── RunError                   a run folder that exists, is half-written, or is another recipe's
+├── CertificateError           a party's certificate or key that is missing, expired, or another's
 ├── AuditError                 a view or an attack that cannot be audited
 │   └── MissingKnowledgeError  an attack that must know more than the view holds
 └── MissingExtraError          a part of milkglass that is not installed
@@ -49,6 +50,10 @@ class HijackError(MilkglassError):
 
 class RunError(MilkglassError):
     """A run folder cannot be used as asked."""
+
+
+class CertificateError(MilkglassError):
+    """A party's certificate or key is missing, unreadable, expired, or not what it should be."""
 
 
 class AuditError(MilkglassError):

@@ -9,15 +9,24 @@ import difflib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 
 from milkglass.errors import DataError, MissingExtraError, nearest
-from milkglass.records import Array, RawPictures, RawRecords, raw_attribute, raw_labels, raw_pictures, raw_table
+from milkglass.records import (
+    Array,
+    RawPictures,
+    RawRecords,
+    raw_attribute,
+    raw_ids,
+    raw_labels,
+    raw_pictures,
+    raw_table,
+)
 
 EMBEDDED: Final = ("digits",)
 _PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
@@ -27,6 +36,15 @@ _LABEL_COLUMNS: Final = ("label", "labels", "fine_label")
 _DAMAGE: Final = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
+@final
+@dataclass(frozen=True)
+class _Asked:
+    """The columns to keep beside the records, by name."""
+
+    sensitive: tuple[str, ...]
+    ids: str | None
+
+
 def load(
     *,
     name: str | None = None,
@@ -34,6 +52,7 @@ def load(
     hub: str | None = None,
     split: str = "train",
     sensitive: Sequence[str] = (),
+    ids: str | None = None,
 ) -> RawRecords:
     """Read a data set from exactly one source.
 
@@ -42,28 +61,30 @@ def load(
     split: the part to take from the hub, or from a parquet folder whose files are named `SPLIT-*.parquet`.
     sensitive: names of integer columns to keep beside the records: an array of a `.npz` with a value per record, one of
     its `categorical_names`, or a column of a parquet file. A column that is an input stays one.
+    ids: the name of the records' ids, integers or text: an array of a `.npz`, or a column of a parquet file. No input.
 
     Raises DataError; MissingExtraError where parquet or the hub needs `milkglass[data]`.
     """
     given = [key for key, value in (("name", name), ("path", path), ("hub", hub)) if value is not None]
     if len(given) != 1:
         raise DataError(f"data: {' and '.join(given) or 'nothing'} given; expected exactly one of name, path, hub")
+    asked = _Asked(tuple(sensitive), ids)
     if name is not None:
-        return _with_attributes(_embedded(name), {}, sensitive)
+        return _without_columns(_embedded(name), asked)
     if hub is not None:
-        return _from_hub(hub, split, sensitive)
+        return _from_hub(hub, split, asked)
     assert path is not None
     if path.is_dir():
         files = sorted(path.glob("*.parquet"))
         if files:
-            return _from_parquet_folder(path, files, split, sensitive)
-        return _with_attributes(_from_image_folder(path), {}, sensitive)
+            return _from_parquet_folder(path, files, split, asked)
+        return _without_columns(_from_image_folder(path), asked)
     if not path.exists():
         raise DataError(_missing(path))
     if path.suffix.lower() == ".npz":
-        return _from_npz(path, sensitive)
+        return _from_npz(path, asked)
     if path.suffix.lower() == ".parquet":
-        return _from_parquet([path], str(path), sensitive)
+        return _from_parquet([path], str(path), asked)
     raise DataError(f"{path}: not a kind of file that is read here; expected .npz, .parquet, or a folder")
 
 
@@ -76,31 +97,46 @@ def _embedded(name: str) -> RawRecords:
     return raw_pictures((digits.images / 16).astype(np.float32), raw_labels(digits.target, name), name)
 
 
-def _with_attributes(raw: RawRecords, columns: Mapping[str, Array], sensitive: Sequence[str]) -> RawRecords:
-    """The same records with those of the `columns`, by name, that are sensitive."""
-    for name in sensitive:
-        if name not in columns:
-            known = nearest(name, columns) if columns else "its records have no column that could be one"
-            raise DataError(f"{raw.where}: no sensitive column {name!r}; {known}")
-    return replace(
-        raw, attributes={name: raw_attribute(name, columns[name], raw.labels, raw.where) for name in sensitive}
-    )
+def _check_known(name: str, what: str, known: Collection[str], where: str) -> None:
+    if name not in known:
+        rest = nearest(name, known) if known else "its records have no column that could be one"
+        raise DataError(f"{where}: no {what} {name!r}; {rest}")
 
 
-def _from_npz(path: Path, sensitive: Sequence[str]) -> RawRecords:
+def _without_columns(raw: RawRecords, asked: _Asked) -> RawRecords:
+    """These records, which have no columns to ask for."""
+    if asked.ids is not None:
+        _check_known(asked.ids, "id column", (), raw.where)
+    return _with_columns(raw, asked, {}, None)
+
+
+def _with_columns(raw: RawRecords, asked: _Asked, columns: Mapping[str, Array], ids: Array | None) -> RawRecords:
+    """The same records with their ids, and with those of the `columns`, by name, that are sensitive."""
+    columns = {name: values for name, values in columns.items() if name != asked.ids}
+    for name in asked.sensitive:
+        _check_known(name, "sensitive column", columns, raw.where)
+    attributes = {name: raw_attribute(name, columns[name], raw.labels, raw.where) for name in asked.sensitive}
+    return replace(raw, attributes=attributes, ids=ids)
+
+
+def _from_npz(path: Path, asked: _Asked) -> RawRecords:
     where = str(path)
     arrays = _npz_arrays(path)
     if "labels" not in arrays:
         raise DataError(f"{where}: no array `labels`; {nearest('labels', arrays)}")
     labels = raw_labels(arrays["labels"], where)
-    columns = _npz_columns(arrays, where) if sensitive else {}
+    columns = _npz_columns(arrays, where) if asked.sensitive else {}
+    ids = None
+    if asked.ids is not None:
+        _check_known(asked.ids, "id column", [name for name in arrays if name not in _NPZ_ARRAYS], where)
+        ids = raw_ids(asked.ids, arrays[asked.ids], labels, where)
     if "images" in arrays:
-        return _with_attributes(raw_pictures(arrays["images"], labels, where), columns, sensitive)
+        return _with_columns(raw_pictures(arrays["images"], labels, where), asked, columns, ids)
     key = "features" if "features" in arrays else "numeric"
     if key not in arrays:
         raise DataError(f"{where}: no array `images`, `features` or `numeric`; it holds: {', '.join(arrays)}")
     categorical = arrays.get("categorical") if key == "numeric" else None
-    return _with_attributes(raw_table(arrays[key], categorical, labels, where), columns, sensitive)
+    return _with_columns(raw_table(arrays[key], categorical, labels, where), asked, columns, ids)
 
 
 def _npz_columns(arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
@@ -132,17 +168,17 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
         raise DataError(f"{path}: cannot be read, truncated or not an .npz file ({_first_line(error)})") from error
 
 
-def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str, sensitive: Sequence[str]) -> RawRecords:
+def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str, asked: _Asked) -> RawRecords:
     of_split = [file for file in files if file.stem.split("-")[0] == split]
     if of_split:
-        return _from_parquet(of_split, f"{folder} ({split})", sensitive)
+        return _from_parquet(of_split, f"{folder} ({split})", asked)
     if split != "train":
         held = ", ".join(file.name for file in files[:5])
         raise DataError(f"{folder}: no file named {split}-*.parquet in it; it holds: {held}")
-    return _from_parquet(files, str(folder), sensitive)
+    return _from_parquet(files, str(folder), asked)
 
 
-def _from_parquet(files: Sequence[Path], where: str, sensitive: Sequence[str]) -> RawRecords:
+def _from_parquet(files: Sequence[Path], where: str, asked: _Asked) -> RawRecords:
     datasets = _datasets(where)
     import pyarrow
     import pyarrow.parquet
@@ -151,21 +187,21 @@ def _from_parquet(files: Sequence[Path], where: str, sensitive: Sequence[str]) -
         tables = [pyarrow.parquet.read_table(file) for file in files]
         # Straight from the table: `datasets` would write a second copy into its cache.
         dataset = datasets.Dataset(pyarrow.concat_tables(tables))
-        return _from_dataset(dataset, where, sensitive, may_name_files=False)
+        return _from_dataset(dataset, where, asked, may_name_files=False)
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{where}: cannot be read, truncated or not parquet ({_first_line(error)})") from error
 
 
-def _from_hub(hub: str, split: str, sensitive: Sequence[str]) -> RawRecords:
+def _from_hub(hub: str, split: str, asked: _Asked) -> RawRecords:
     where = f"hub data set {hub!r}, split {split!r}"
     datasets = _datasets(where)
     try:
-        return _from_dataset(datasets.load_dataset(hub, split=split), where, sensitive, may_name_files=True)
+        return _from_dataset(datasets.load_dataset(hub, split=split), where, asked, may_name_files=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{where}: cannot be loaded ({_first_line(error)})") from error
 
 
-def _from_dataset(dataset: Any, where: str, sensitive: Sequence[str], *, may_name_files: bool) -> RawRecords:
+def _from_dataset(dataset: Any, where: str, asked: _Asked, *, may_name_files: bool) -> RawRecords:
     """A `datasets.Dataset` with labels and a column of pictures, or with labels and numeric columns.
 
     may_name_files: pictures may be names of files, as `datasets` downloads them. A file from elsewhere may not: it
@@ -184,7 +220,8 @@ def _from_dataset(dataset: Any, where: str, sensitive: Sequence[str], *, may_nam
     labels = raw_labels(dataset.with_format("numpy")[label][:] if len(dataset) else np.zeros(0, np.int64), where)
     classes = tuple(features[label].names) if label in named else None
     whole = [c for c in columns if c != label and getattr(features[c], "dtype", "").startswith(("int", "uint", "bool"))]
-    extra = {c: np.asarray(dataset.with_format("numpy")[c][:]) for c in whole} if sensitive else {}
+    extra = {c: np.asarray(dataset.with_format("numpy")[c][:]) for c in whole} if asked.sensitive else {}
+    ids = None if asked.ids is None else _dataset_ids(dataset, asked.ids, label, labels, where)
     pictures = [c for c in columns if isinstance(features[c], datasets.Image) or _holds_bytes(features[c])]
     if len(pictures) > 1:
         raise DataError(f"{where}: columns {', '.join(pictures)} all hold pictures; expected one")
@@ -196,16 +233,43 @@ def _from_dataset(dataset: Any, where: str, sensitive: Sequence[str], *, may_nam
             items = column[indices][pictures[0]]
             return [(name, _stored(item, name, may_name_files)) for name, item in zip(called, items, strict=True)]
 
-        return _with_attributes(_encoded(fetch, labels, where, classes), extra, sensitive)
-    rest = [column for column in columns if column != label]
+        return _with_columns(_encoded(fetch, labels, where, classes), asked, extra, ids)
+    rest = [column for column in columns if column not in (label, asked.ids)]
+    return _with_columns(_dataset_table(dataset, rest, named, labels, where, classes), asked, extra, ids)
+
+
+def _dataset_ids(dataset: Any, ids: str, label: str, labels: Array, where: str) -> Array:
+    import datasets
+
+    def may_be(feature: Any) -> bool:
+        kind = getattr(feature, "dtype", "")
+        return kind.startswith(("int", "uint", "string", "large_string")) and not isinstance(
+            feature, datasets.ClassLabel
+        )
+
+    others = {column: feature for column, feature in dataset.features.items() if column != label}
+    if ids in others and not may_be(others[ids]):
+        raise DataError(f"{where}: id column {ids!r} is {others[ids]}; expected integers or text")
+    _check_known(ids, "id column", [column for column, feature in others.items() if may_be(feature)], where)
+    column = dataset.with_format("arrow")[ids][:]
+    if column.null_count:
+        raise DataError(f"{where}: id column {ids!r} lacks {column.null_count:,} ids; expected one for each record")
+    text = not others[ids].dtype.startswith(("int", "uint"))
+    return raw_ids(ids, np.array(column.to_pylist(), str) if text else column.to_numpy(), labels, where)
+
+
+def _dataset_table(
+    dataset: Any, rest: Sequence[str], named: Sequence[str], labels: Array, where: str, classes: tuple[str, ...] | None
+) -> RawRecords:
+    """The columns `rest`: those that are `named` hold categories, all others numbers."""
     for column in rest:
-        if not getattr(features[column], "dtype", "").startswith(("int", "uint", "float", "bool")):
-            raise DataError(f"{where}: column {column!r} is {features[column]}; expected a picture or numbers")
+        feature = dataset.features[column]
+        if not getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool")):
+            raise DataError(f"{where}: column {column!r} is {feature}; expected a picture or numbers")
     frame = dataset.to_pandas()
     numeric = frame[[column for column in rest if column not in named]].to_numpy(dtype=np.float64)
     categorical = frame[[column for column in rest if column in named]].to_numpy(dtype=np.int64)
-    table = replace(raw_table(numeric, categorical, labels, where), class_names=classes)
-    return _with_attributes(table, extra, sensitive)
+    return replace(raw_table(numeric, categorical, labels, where), class_names=classes)
 
 
 def _stored(item: Any, called: str, may_name_files: bool) -> bytes | str:

@@ -8,7 +8,7 @@ from typing import Any, Self, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from milkglass.parties import StepResult
+from milkglass.client import StepResult
 
 
 class _Watch:

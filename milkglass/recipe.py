@@ -57,6 +57,19 @@ class Data(Section):
         strict=False,
     )
 
+    ids: str | None = Field(
+        None,
+        description="The array of the `.npz`, or the parquet column, of the records' ids, unique integers or texts:"
+        " how vertical owners match their records. Default: the record's number in the file.",
+    )
+    record_shape: tuple[int, ...] | None = Field(
+        None,
+        description="For a server that holds no records: the shape of one, `[channels, height, width]` or `[columns]`; "
+        "`milkglass cuts` prints it.",
+        strict=False,
+    )
+    classes: int | None = Field(None, ge=2, description="For a server that holds no records: how many classes.")
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [key for key in ("name", "path", "hub") if getattr(self, key) is not None]
@@ -85,6 +98,11 @@ class Cut(Section):
     """Where the network is cut in two: the client keeps what is before, the server what is behind."""
 
     at: str = Field(description="The name of the client's last layer; `milkglass cuts` lists them with their costs.")
+    back_at: str | None = Field(
+        None,
+        description="U-shaped: the name of the server's last layer. What is behind it, labels and loss stay with the "
+        "client. Default: the server has the rest of the network, and is sent the labels.",
+    )
 
 
 @final
@@ -150,7 +168,35 @@ class Training(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Its learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum; read by `sgd` alone.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    micro_batches: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="In how many pieces of equal size a batch goes out, so that client, wire and server overlap; must "
+        "divide batch_size.",
+    )
     drop_last_batch: bool = Field(True, description="Leave out the last, shorter batch of an epoch in training.")
+
+
+Mode = Literal["relay", "splitfed1", "splitfed2", "vertical"]
+
+
+@final
+class Vertical(Section):
+    """Owners of different columns of the same records."""
+
+    axis: int | None = Field(
+        None,
+        ge=1,
+        le=3,
+        description="Along which dimension of a record the owners' parts lie: 1 columns or channels, 2 height, 3 width;"
+        " activations are joined along it too, where they have it. Default: 1 for tables, 2 for pictures.",
+    )
+    owner_settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of the network's factory for an owner's stage, over `network.settings`, where the parts "
+        "must be narrower: two of `{ hidden = [16] }` join to the whole network's 32.",
+    )
 
 
 @final
@@ -158,16 +204,79 @@ class Parties(Section):
     """Who takes part."""
 
     clients: tuple[PartyName, ...] = Field(
-        ("client",), min_length=1, max_length=1, description="Names of the clients. One, so far.", strict=False
+        ("client",), min_length=1, max_length=64, description="Names of the clients, in order.", strict=False
     )
-    server: PartyName = Field("server", description="Name of the server. It holds the labels and the loss.")
+    server: PartyName = Field("server", description="Name of the server.")
+    mode: Mode = Field(
+        "relay",
+        description="How several clients train. `relay`: in turn, weights handed on. `splitfed1`: in parallel, a server"
+        " stage for each, all averaged after an epoch. `splitfed2`: in parallel, one server stage. `vertical`: owners"
+        " of different columns of the same records; the first one holds the labels.",
+    )
+    vertical: Vertical = Field(default_factory=Vertical)
+
+    @property
+    def is_vertical(self) -> bool:
+        """Whether several owners hold parts of the same records."""
+        return self.mode == "vertical"
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [name.casefold() for name in (*self.clients, self.server)]  # they become file names as well
         if len(set(names)) < len(names):
             raise ValueError(f"{', '.join((*self.clients, self.server))}: every party needs a name of its own")
+        if self.is_vertical and len(self.clients) < 2:
+            raise ValueError("mode vertical needs two clients or more: each owns a part of every record")
         return self
+
+
+@final
+class Wire(Section):
+    """What crosses the wire in place of activations and gradients; rounding, outside the graph."""
+
+    compress: Literal["none", "fp16", "bf16", "int8", "topk"] = Field(
+        "none",
+        description="`fp16`, `bf16`: half the bytes. `int8`: a quarter, a scale per record and channel. `topk`: the "
+        "largest values of each record alone.",
+    )
+    topk_share: float = Field(0.1, gt=0, le=1, description="With `topk`: the share of values that are sent.")
+
+
+@final
+class LeakageLimit(Section):
+    """Stop where what is sent depends too much on the records."""
+
+    limit: float = Field(
+        gt=0, le=1, description="Of the squared distance correlation, bias-corrected, of records and what is sent."
+    )
+    window: int = Field(256, ge=16, le=4096, description="Over so many records; it costs their square in time.")
+
+
+@final
+class ClientSection(Section):
+    """A client's own business, its limits among it: no part of what is agreed, and nothing a server can change."""
+
+    own_records: bool = Field(
+        False,
+        description="True: the file holds this client's records alone. False: the seed deals one file out to all.",
+    )
+    most_releases: int | None = Field(
+        None, ge=1, description="Stop before a record is sent more often than this in training; default: no limit."
+    )
+    leakage: LeakageLimit | None = Field(None, description="A limit on measured dependence; leave it out for none.")
+    patience_seconds: float = Field(600, gt=0, description="How long to try to reach a server that is away.")
+    answer_seconds: float = Field(300, gt=0, description="How long to await an answer of a server that is there.")
+    checkpoint_seconds: float = Field(30, ge=0, description="So often the client's state is kept, between batches.")
+
+
+@final
+class ServerSection(Section):
+    """A server's own business: no part of what is agreed."""
+
+    heartbeat_seconds: float = Field(
+        10, ge=1, description="A client that leaves two heartbeats unanswered is taken for gone, and its name is free."
+    )
+    checkpoint_seconds: float = Field(30, ge=0, description="So often the server's state is kept, between batches.")
 
 
 @final
@@ -195,6 +304,9 @@ class Recipe(Section):
     guard: Guard = Field(default_factory=Guard)
     training: Training = Field(default_factory=Training)
     parties: Parties = Field(default_factory=Parties)
+    wire: Wire = Field(default_factory=Wire)
+    client: ClientSection = Field(default_factory=ClientSection)
+    server: ServerSection = Field(default_factory=ServerSection)
     attacker: Attacker = Field(default_factory=Attacker)
     versions: dict[str, str] = Field(
         default_factory=dict, description="Written into the run folder for the reader: the packages that made the run."
@@ -209,16 +321,41 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ways_fit_together(self) -> Self:
+        if self.training.batch_size % self.training.micro_batches:
+            raise ValueError(
+                f"training.micro_batches is {self.training.micro_batches}; it must divide batch_size, "
+                f"{self.training.batch_size}"
+            )
+        if self.cut.back_at is not None and self.parties.is_vertical:
+            raise ValueError("cut.back_at keeps labels with a client; in vertical training the first owner sends them")
+        if self.guard.hijack is not None and (self.cut.back_at is not None or self.parties.is_vertical):
+            raise ValueError("guard.hijack sends wrong labels; where labels stay with a client there are none to send")
+        return self
+
     def undefended(self) -> Recipe:
         """The same recipe without a defense or a guard: the reference that tells what a server is entitled to."""
-        return self.model_copy(update={"defense": Defense(), "guard": Guard()})
+        free = self.client.model_copy(update={"most_releases": None, "leakage": None})
+        return self.model_copy(update={"defense": Defense(), "guard": Guard(), "client": free})
 
     def agreed(self) -> dict[str, Any]:
-        """The part that all parties must agree on: all but data paths, package versions, and the client's own guard."""
-        local = {"path", "test_path"}
+        """The part that all parties must agree on: all but data paths, package versions, and each party's own part."""
+        local = {"path", "test_path", "ids", "record_shape", "classes"}
         if not self.data.sensitive:
             local.add("sensitive")  # a recipe from before there was the key keeps its digest
-        return self.model_dump(mode="json", exclude={"versions": True, "guard": True, "data": local})
+        agreed = self.model_dump(mode="json", exclude={**dict.fromkeys(LOCAL, True), "data": local})
+        for section, key, default in (
+            ("cut", "back_at", None),
+            ("training", "micro_batches", 1),
+            ("parties", "mode", "relay"),
+            ("parties", "vertical", Vertical().model_dump(mode="json")),
+        ):  # the same for these
+            if agreed[section][key] == default:
+                del agreed[section][key]
+        if self.wire.compress == "none":
+            del agreed["wire"]
+        return agreed
 
     def digest(self) -> str:
         """SHA-256 of the agreed part, in hexadecimal."""
@@ -229,6 +366,8 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+LOCAL: Final = ("versions", "guard", "client", "server")
+"""Sections that are no part of what is agreed."""
 SMALLEST_PENALIZED_BATCH: Final = 4  # the bias-corrected estimate divides by n (n - 3)
 
 
@@ -316,6 +455,7 @@ def _kind(annotation: Any) -> str:
     text = str(annotation)
     for needle, words in (
         ("Literal", ""),
+        ("tuple[int", "list of whole numbers"),
         ("tuple", "list of names"),
         ("dict", "table"),
         ("bool", "true or false"),

@@ -57,13 +57,15 @@ class RawRecords(ABC):
     """A whole data set as its file holds it. `where` names it in errors; labels (N,) int64, none negative.
 
     class_names: the classes' names, in the order of the labels; None where the file names none. attributes: the
-    sensitive columns by name, (N,) int64 codes from 0.
+    sensitive columns by name, (N,) int64 codes from 0. ids: (N,) integers or text, no two alike; None where none were
+    asked for, and then a record is known by its number.
     """
 
     where: str
     labels: Array
     class_names: tuple[str, ...] | None
     attributes: Mapping[str, Array] = field(default_factory=dict, kw_only=True)
+    ids: Array | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +84,20 @@ class RawRecords(ABC):
         chosen = indices.numpy()
         attributes = {name: torch.from_numpy(values[chosen]) for name, values in self.attributes.items()}
         return Records(self.rows(chosen), torch.from_numpy(self.labels[chosen]), attributes)
+
+    def in_order(self, rows: Array) -> RawRecords:
+        """The records of these numbers (n,), in this order, still unconverted; all that is kept beside them as well."""
+        rows = np.arange(len(self))[rows]  # a copy, and every number checked: pictures are read only later
+        return replace(
+            self._contents_in_order(rows),
+            labels=self.labels[rows],
+            attributes={name: values[rows] for name, values in self.attributes.items()},
+            ids=None if self.ids is None else self.ids[rows],
+        )
+
+    @abstractmethod
+    def _contents_in_order(self, rows: Array) -> RawRecords:
+        """The same with what its kind alone holds, columns or pictures, in this order."""
 
 
 @final
@@ -103,6 +119,9 @@ class RawPictures(RawRecords):
         # `contiguous()` keeps a grey picture's channels-last strides, and with them other kernels and other last bits
         x_BCHW = x_BHWC.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         return x_BCHW.div_(255) if pixels.dtype == np.uint8 else x_BCHW
+
+    def _contents_in_order(self, rows: Array) -> RawPictures:
+        return replace(self, read=lambda indices: self.read(rows[indices]))
 
 
 @final
@@ -129,6 +148,9 @@ class RawTable(RawRecords):
     def fitted(self, mean: Array, scale: Array, categories: tuple[int, ...]) -> RawTable:
         """The same table with columns (value - mean) / scale, and categories of these sizes one-hot after them."""
         return replace(self, mean=mean, scale=scale, categories=categories)
+
+    def _contents_in_order(self, rows: Array) -> RawTable:
+        return replace(self, numeric=self.numeric[rows], categorical=self.categorical[rows])
 
 
 def raw_pictures(images: Array, labels: Array, where: str) -> RawPictures:
@@ -201,6 +223,30 @@ def raw_attribute(name: str, values: Array, labels: Array, where: str) -> Array:
     if values.min() == values.max():
         raise DataError(f"{where}: {what} is {values[0]} in every record; expected at least two values")
     return values.astype(np.int64)
+
+
+def raw_ids(name: str, values: Array, labels: Array, where: str) -> Array:
+    """The records' ids (N,), integers or text as they come, no two alike. Raises DataError for anything else."""
+    what = f"id column {name!r}"
+    if values.ndim != 1 or values.dtype.kind not in "uiU":
+        raise DataError(
+            f"{where}: {what} is {values.dtype} of shape {values.shape}; expected an integer or a text for each record"
+        )
+    _check_lengths(values, labels, f"values of {what}", where)
+    if values.dtype.kind == "U":
+        try:
+            "".join(values.tolist()).encode()
+        except ValueError:
+            raise DataError(f"{where}: {what} holds what is not Unicode text; expected integers or text") from None
+    again = np.ones(len(values), bool)
+    again[np.unique(values, return_index=True)[1]] = False
+    if again.any():
+        first = int(again.argmax())
+        raise DataError(
+            f"{where}: {what} gives {again.sum():,} of {len(values):,} records the id of an earlier one, first "
+            f"{values[first].item()!r} in record {first}; expected another id for each record"
+        )
+    return values
 
 
 def _check_lengths(values: Array, labels: Array, what: str, where: str) -> None:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milkglass.client import Client
 from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
 from milkglass.defenses.noise import Noise
 from milkglass.errors import AuditError, HijackError, MilkglassError, RunError
 from milkglass.messages import Message, Responder
 from milkglass.networks import build
-from milkglass.parties import Client
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder

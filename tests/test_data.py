@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
-from milkglass.data import MINIMUM_PART, Deal, RawRecords, Records, deal, load
+from milkglass.data import MINIMUM_PART, Deal, RawRecords, Records, deal, load, owners_part
 from milkglass.errors import DataError, MissingExtraError
 from milkglass.randomness import public_source
 from milkglass.records import RawPictures, RawTable
@@ -321,6 +321,176 @@ def test_sources_without_columns_and_names_without_a_column(tmp_path: Path) -> N
     assert len(load(path=path)) == 60
 
 
+# Ids.
+
+
+def id_file(folder: Path, form: str, ids: Any, count: int = 60) -> dict[str, Any]:
+    """A file of that form with a column `key`, as `load` is told of it."""
+    labels, numbers = some_labels(count), np.arange(2.0 * count).reshape(count, 2)
+    if form.startswith("npz"):
+        inputs = {"features": numbers} if form == "npz table" else {"images": pictures(count)}
+        return {"path": npz(folder / "x.npz", **inputs, labels=labels, key=np.array(ids))}
+    rows = [{"bytes": png(pixels.squeeze()), "path": None} for pixels in pictures(count)]
+    inputs_of_columns: dict[str, Any] = {"a": numbers[:, 0], "b": numbers[:, 1]}
+    table = pyarrow.table(
+        {"key": ids, **(inputs_of_columns if form == "parquet table" else {"image": rows}), "label": labels}
+    )
+    if form == "parquet folder":
+        pyarrow.parquet.write_table(table[:20], folder / "a.parquet")
+        pyarrow.parquet.write_table(table[20:], folder / "b.parquet")
+        return {"path": folder}
+    pyarrow.parquet.write_table(table, folder / "x.parquet")
+    return {"path": folder / "x.parquet"}
+
+
+ID_FORMS = ["npz table", "npz pictures", "parquet table", "parquet pictures", "parquet folder"]
+
+
+@pytest.mark.parametrize("form", ID_FORMS)
+@pytest.mark.parametrize("kind", ["integer", "large", "text"])
+def test_ids_are_read_as_they_are_and_are_never_an_input(form: str, kind: str, tmp_path: Path) -> None:
+    ids: Array = np.random.default_rng(5).permutation(60)
+    if kind == "large":
+        ids = ids.astype(np.uint64) + np.uint64(2**63)  # as float64, all of them would be one
+    if kind == "text":
+        ids = np.array([f"é {number}" for number in ids])
+    raw = load(**id_file(tmp_path, form, ids), ids="key")
+    assert raw.ids is not None
+    assert raw.ids.tolist() == ids.tolist()
+    assert raw.record_shape == ((2,) if "table" in form else (1, 4, 4))
+    plain = load(**id_file(tmp_path, form, np.arange(60)))
+    assert plain.ids is None
+    if isinstance(raw, RawTable):
+        assert raw.numeric.tolist() == np.arange(120.0).reshape(60, 2).tolist()
+    else:
+        assert torch.equal(raw.rows(np.arange(60)), plain.rows(np.arange(60)))
+
+
+def test_ids_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns: dict[str, Any] = {"a": [0.5, 1.5], "key": ["y", "x"], "label": [0, 1]}
+    stored = datasets.Dataset.from_dict(columns)
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, **__: stored)
+    raw = load(hub="owner/name", ids="key")
+    assert raw.ids is not None
+    assert raw.ids.tolist() == ["y", "x"]
+
+
+def test_an_id_column_is_not_a_sensitive_one(tmp_path: Path) -> None:
+    columns = {"sex": np.arange(60) % 2, "key": np.arange(60), "label": some_labels(60)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    both = load(path=tmp_path / "x.parquet", ids="key", sensitive=["sex"])
+    assert (list(both.attributes), both.record_shape) == (["sex"], (1,))
+    path = images(tmp_path, key=np.arange(60), sex=np.arange(60) % 2)
+    for file in (path, tmp_path / "x.parquet"):
+        with pytest.raises(DataError, match=r"no sensitive column 'key'; .*known: sex$"):
+            load(path=file, ids="key", sensitive=["key"])
+
+
+@pytest.mark.parametrize("form", ID_FORMS)
+def test_an_id_that_comes_again_is_counted_and_the_first_is_named(form: str, tmp_path: Path) -> None:
+    for ids, name in ((np.arange(60), "3"), (np.arange(60).astype(str), "'3'")):
+        ids[[9, 40, 20]] = ids[[3, 3, 5]]
+        with pytest.raises(DataError) as refused:
+            load(**id_file(tmp_path, form, ids), ids="key")
+        assert f"'key' gives 3 of 60 records the id of an earlier one, first {name} in record 9;" in str(refused.value)
+        assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "ids", "name", "words"),
+    [
+        ("npz table", np.arange(60), "keys", "no id column 'keys'; did you mean 'key'? known: key"),
+        ("npz table", np.arange(60), "labels", "no id column 'labels'; known: key"),
+        ("npz table", np.arange(60), "features", "no id column 'features'; known: key"),
+        ("npz table", np.arange(60) / 2, "key", "'key' is float64 of shape (60,); expected an integer or a text"),
+        ("npz table", np.arange(60)[:, None], "key", "'key' is int64 of shape (60, 1); expected"),
+        ("npz table", np.arange(60).astype("S2"), "key", "'key' is |S2 of shape (60,); expected"),
+        ("npz table", np.arange(59), "key", "59 values of id column 'key' and 60 labels"),
+        ("npz table", np.arange(60).astype(object), "key", "pickled Python objects, which are never loaded"),
+        ("npz table", [chr(0xD800 + n) for n in range(60)], "key", "'key' holds what is not Unicode text"),
+        ("parquet table", np.arange(60), "keys", "no id column 'keys'; did you mean 'key'? known: key"),
+        ("parquet table", np.arange(60).astype(str), "keys", "no id column 'keys'; did you mean 'key'? known: key"),
+        ("parquet table", np.arange(60), "label", "no id column 'label'; known: key"),
+        ("parquet table", np.arange(60), "a", "id column 'a' is Value('float64'); expected integers or text"),
+        ("parquet pictures", np.arange(60), "image", "expected integers or text"),
+        ("parquet table", [*range(57), None, None, 3], "key", "'key' lacks 2 ids; expected one for each record"),
+        ("parquet table", ["x", *[None] * 59], "key", "'key' lacks 59 ids; expected one for each record"),
+    ],
+)
+def test_bad_ids(form: str, ids: Any, name: str, words: str, tmp_path: Path) -> None:
+    source = id_file(tmp_path, form, ids)
+    with pytest.raises(DataError) as refused:
+        load(**source, ids=name)
+    assert words in str(refused.value)
+    assert str(source["path"]) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_has_no_columns_has_no_ids(tmp_path: Path) -> None:
+    sources: list[dict[str, Any]] = [
+        {"name": "digits"},
+        {"path": class_folder(tmp_path / "c", pictures(9), some_labels(9))},
+    ]
+    for source in sources:
+        with pytest.raises(DataError, match="no id column 'key'; its records have no column that could be one"):
+            load(**source, ids="key")
+
+
+def test_a_table_of_ids_alone_has_no_input(tmp_path: Path) -> None:
+    other_columns(tmp_path, {"key": [5, 6, 7], "label": [0, 1, 1]})
+    with pytest.raises(DataError, match="no column beside the labels"):
+        load(path=tmp_path / "x.parquet", ids="key")
+
+
+@pytest.mark.parametrize("form", ID_FORMS)
+def test_records_in_another_order_are_the_same_records(form: str, tmp_path: Path) -> None:
+    raw = load(**id_file(tmp_path, form, np.arange(60) + 100), ids="key")
+    raw = replace(raw, attributes={"sex": np.arange(60) // 7})
+    if isinstance(raw, RawTable):
+        raw = replace(raw, categorical=np.arange(60)[:, None]).fitted(np.ones(2), np.full(2, 3.0), (60,))
+    rows = np.random.default_rng(6).permutation(60)[:50]
+    # a second time, in the order that came out of the first
+    for ordered, expected in ((raw.in_order(rows), rows), (raw.in_order(rows).in_order(rows[:0:-1] % 50), None)):
+        numbers = rows[rows[:0:-1] % 50] if expected is None else expected
+        assert (len(ordered), ordered.where, ordered.record_shape) == (len(numbers), raw.where, raw.record_shape)
+        assert ordered.ids is not None
+        assert ordered.ids.tolist() == (numbers + 100).tolist()
+        chosen = torch.tensor([7, 0, 48])
+        found, same = ordered.take(chosen), raw.take(torch.from_numpy(numbers)[chosen])
+        assert torch.equal(found.x, same.x)
+        assert torch.equal(found.y, same.y)
+        assert torch.equal(found.attributes["sex"], same.attributes["sex"])
+
+
+def test_an_order_is_checked_and_kept(tmp_path: Path) -> None:
+    raw = load(path=images(tmp_path))
+    rows = np.array([5, 3])
+    ordered = raw.in_order(rows)
+    rows[:] = 0  # the pictures are read later
+    assert torch.equal(ordered.rows(np.array([0, 1])), raw.rows(np.array([5, 3])))
+    assert ordered.ids is None
+    with pytest.raises(IndexError):
+        raw.in_order(np.array([60]))
+
+
+def test_a_deal_of_ordered_files_is_the_same_for_both_owners(tmp_path: Path) -> None:
+    """Each owner's file in its own order: once in the order of the ids, every dealt record is one of both."""
+    order = np.random.default_rng(7).permutation(600)
+    columns = np.random.default_rng(8).normal(size=(600, 4))
+    one = npz(tmp_path / "a.npz", features=columns[:, :2], labels=some_labels(600), key=np.arange(600))
+    two = npz(tmp_path / "b.npz", features=columns[order, 2:], labels=some_labels(600)[order], key=order.astype(str))
+    whole = dealt(load(path=npz(tmp_path / "w.npz", features=columns, labels=some_labels(600))))
+    halves = []
+    for path in (one, two):
+        raw = load(path=path, ids="key")
+        assert raw.ids is not None
+        halves.append(dealt(raw.in_order(np.argsort(raw.ids.astype(int)))))
+    for name, (records, _) in parts(whole).items():
+        left, right = (parts(half)[name][0] for half in halves)
+        assert torch.equal(torch.cat([left.x, right.x], dim=1), records.x)
+        assert torch.equal(left.y, right.y)
+
+
 # Dealing.
 
 
@@ -366,6 +536,46 @@ def test_caps_are_at_most() -> None:
     assert len(dealt(raw, train_records=10_000).train["a"]) == len(dealt(raw).train["a"])
     assert len(dealt(raw, replace(raw, where="test"), test_records=50).test) == 50
     assert len(dealt(raw, test_records=50).test) == 50
+
+
+# One file for several owners.
+
+
+@pytest.mark.parametrize("owners", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("shape", "axis", "along"), [((6, 5), None, 1), ((6, 2, 5, 7), None, 2), ((6, 2, 4, 5), 3, 3), ((6, 5, 3), None, 1)]
+)
+def test_the_owners_parts_make_up_the_records(
+    owners: int, shape: tuple[int, ...], axis: int | None, along: int
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    held = [owners_part(x, owner, owners, axis) for owner in range(owners)]
+    assert torch.equal(torch.cat(held, dim=along), x)
+    sizes = [part.shape[along] for part in held]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(part.is_contiguous() for part in held)
+    held[0].zero_()
+    assert x.count_nonzero() == x.numel(), "a part is a copy"
+    channels_last = torch.rand(6, 4, 4, 2).permute(0, 3, 1, 2)
+    assert owners_part(channels_last, 1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("shape", "owner", "owners", "axis", "line"),
+    [
+        ((6, 3), 0, 4, None, r"shape \(3,\): 3 columns along axis 1 for 4 owners; expected at least one for each"),
+        ((6, 1, 2, 9), 0, 3, None, r"2 columns along axis 2 for 3 owners"),
+        ((6, 3), 0, 2, 0, r"no axis 0; expected 1 to 1"),
+        ((6, 3), 0, 2, 2, r"no axis 2; expected 1 to 1"),
+        ((6, 3), 2, 2, None, r"owner 2 of 2: no such owner"),
+        ((6, 3), -1, 2, None, r"owner -1 of 2: no such owner"),
+    ],
+)
+def test_a_part_that_nobody_can_hold(
+    shape: tuple[int, ...], owner: int, owners: int, axis: int | None, line: str
+) -> None:
+    with pytest.raises(DataError, match=line):
+        owners_part(torch.zeros(shape), owner, owners, axis)
 
 
 # Bad input: each is one line that says what, where, and what was expected.

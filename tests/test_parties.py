@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from milkglass.client import Client, Guards
 from milkglass.defenses.noise import Noise
 from milkglass.errors import DataError, HijackError, MessageError, MilkglassError
-from milkglass.guards import HijackGuard
+from milkglass.hijack import HijackGuard
 from milkglass.messages import Kind, Message
-from milkglass.parties import Client, Server
 from milkglass.randomness import Source, drawing_from, public_source
+from milkglass.server import Server
 from milkglass.transports.local import LocalTransport
 from milkglass.transports.wrappers import RecordingTransport
 from tests.helpers import KEY
@@ -90,7 +91,7 @@ def test_predictions_are_checked() -> None:
         ({"logits": torch.zeros(5, 3)}, "expected logits of 6 records"),
         ({"logits": torch.zeros(6)}, "expected logits of 6 records"),
         ({"logits": torch.zeros(6, 0)}, "expected logits of 6 records"),
-        ({"logits": torch.zeros(6, 3, dtype=torch.int64)}, "not finite numbers"),
+        ({"logits": torch.zeros(6, 3, dtype=torch.int64)}, "expected logits of 6 records"),
         ({"logits": torch.full((6, 3), torch.nan)}, "not finite numbers"),
     ):
         with pytest.raises(MessageError, match=words):
@@ -176,7 +177,7 @@ def _guarded(server: object) -> tuple[Client, RecordingTransport]:
     bottom, _ = _stages()
     transport = RecordingTransport(LocalTransport(server))  # type: ignore[arg-type]
     guard = HijackGuard(Source(KEY), 3, fake_share=0.25, warm_up=4)
-    return Client(bottom, _sgd(bottom), transport, hijack_guard=guard, source=Source(KEY)), transport
+    return Client(bottom, _sgd(bottom), transport, guards=Guards(hijack=guard), source=Source(KEY)), transport
 
 
 def test_a_client_learns_from_every_batch_but_the_mislabeled_ones() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milkglass.parties import StepResult
+from milkglass.client import StepResult
 from milkglass.progress import AuditProgress, TrainingProgress
 
 LINE = {"epoch": 1, "loss": 0.5, "accuracy": 0.75, "distance_correlation": {"squared_unbiased": 0.25}}

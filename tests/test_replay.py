@@ -22,12 +22,13 @@ from milkglass.errors import RunError
 from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.messages import Message
 from milkglass.networks import build
-from milkglass.parties import Server
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.replay import _Watch, drive, find_reference, load_parties, release_all, replay
 from milkglass.runs import RunFolder
-from milkglass.training.split import batches_of, deal_records, set_up, train
+from milkglass.server import Server
+from milkglass.training.setup import deal_records
+from milkglass.training.split import batches_of, set_up, train
 from milkglass.transports.local import LocalTransport
 from tests.helpers import KEY, small_recipe
 

@@ -1,54 +1,75 @@
-"""Split training in one process: one client, one server, messages between them (vanilla split learning, Vepakomma et
-al. 2018, arXiv 1812.00564).
-
-The client's first weights, batch order, dropout and noise come from its private source; dealing and the server's first
-weights from the recipe's seed.
+"""Split training in one process: one server and its clients, messages between them (Vepakomma et al. 2018, arXiv
+1812.00564). Which way of training it is follows from the recipe: `desk.py` has the ways of several clients, `server.py`
+those of the labels; `rounds.py` is what each client does. Between machines all is the same, with another transport.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from milkglass.cuts import Caution, Stages, check_stages, couples_records, cut, flops_per_sample
-from milkglass.data import Deal, deal, load
-from milkglass.defenses.base import Defense
-from milkglass.defenses.noise import Noise
-from milkglass.defenses.nopeek import NoPeek
-from milkglass.errors import DataError, HijackError, RunError
-from milkglass.guards import HijackGuard
-from milkglass.networks import build
-from milkglass.parties import Client, Server, StepResult
+from milkglass.client import Client, StepResult
+from milkglass.compression.base import Identity
+from milkglass.cuts import Caution, flops_per_sample
+from milkglass.data import Deal
+from milkglass.desk import Desk
+from milkglass.errors import HijackError, RunError
 from milkglass.randomness import Source, public_source, rehearsal_source
-from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
+from milkglass.recipe import Recipe
 from milkglass.runs import ALARM, Checkpoint, RunFolder
+from milkglass.server import Server
 from milkglass.training.evaluate import Evaluation, evaluate
-from milkglass.transports.base import Flow, Transport
-from milkglass.transports.local import LocalTransport
+from milkglass.training.rounds import EpochResult, Position, Seat, play_together, playing_epoch
+from milkglass.training.setup import (
+    Shapes,
+    compressor,
+    crossing_shapes,
+    deal_and_hash,
+    make_client,
+    make_desk,
+    share_of,
+    shared_rehearsal_key,
+)
+from milkglass.transports.base import Flow, Traffic, Transport
+from milkglass.transports.local import LocalHub, LocalTransport
+from milkglass.transports.wrappers import Packing, PackingService, PackingTransport, packing
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a recipe describes, ready to train."""
+    """Everything a recipe describes, in one process, ready to train."""
 
     recipe: Recipe
     records: Deal
-    client: Client
-    server: Server
-    transport: Transport
+    seats: tuple[Seat, ...]
+    desk: Desk
     cautions: tuple[Caution, ...]
 
     @property
+    def client(self) -> Client:
+        """The first client."""
+        return self.seats[0].client
+
+    @property
+    def server(self) -> Server:
+        """The server that trains with the first client."""
+        return self.desk.servers[self.client.name]
+
+    @property
+    def transport(self) -> Transport:
+        """The first client's."""
+        return self.client.transport
+
+    @property
     def defense(self) -> str:
-        """The client's defenses in words; "none" without any."""
+        """The clients' defenses in words; "none" without any."""
         return " + ".join(defense.describe() for defense in self.client.defenses) or "none"
 
 
@@ -72,68 +93,6 @@ class Silence:
         """Do nothing."""
 
 
-def deal_records(recipe: Recipe) -> Deal:
-    """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed."""
-    data = recipe.data
-    train = load(name=data.name, path=_path(data.path), hub=data.hub, sensitive=data.sensitive)
-    test = None
-    if data.test_path is not None:
-        test = load(path=_path(data.test_path), sensitive=data.sensitive)
-    elif data.test_split is not None:
-        test = load(hub=data.hub, split=data.test_split, sensitive=data.sensitive)
-    return deal(
-        train,
-        test,
-        clients=recipe.parties.clients,
-        train_records=data.train_records,
-        test_records=data.test_records,
-        auxiliary_share=recipe.attacker.auxiliary_share,
-        validation_share=recipe.attacker.validation_share,
-        test_share=data.test_share,
-        source=public_source(recipe.seed).derive("deal"),
-    )
-
-
-def defenses(recipe: Recipe) -> list[Defense]:
-    """The client's defenses, in the order in which they act."""
-    chosen: list[Defense] = []
-    if recipe.defense.noise is not None:
-        chosen.append(Noise(recipe.defense.noise.sigma))
-    if recipe.defense.nopeek is not None:
-        chosen.append(NoPeek(recipe.defense.nopeek.weight, recipe.defense.nopeek.estimator))
-    return chosen
-
-
-def stages(recipe: Recipe, records: Deal, private: Source) -> tuple[Stages, tuple[Caution, ...]]:
-    """The client's stage, drawn from its private source, and the server's, drawn from the recipe's seed; and cautions.
-
-    Raises CutError where the two would share weights: each party draws, holds and trains its own.
-    """
-
-    def drawn_from(source: Source) -> Stages:
-        network = recipe.network
-        model = build(
-            network.name, records.record_shape, records.classes, network.settings, source.generator("weights")
-        )
-        halves = cut(model, at=recipe.cut.at)
-        check_stages(*halves)  # before one half of each is taken: afterwards nothing is shared any more
-        return halves
-
-    private_bottom, _ = drawn_from(private)
-    public_bottom, top = drawn_from(public_source(recipe.seed))
-    cautions = check_stages(private_bottom, top)
-    pairs = list(zip(private_bottom.parameters(), public_bottom.parameters(), strict=True))
-    if pairs and all(torch.equal(*pair) for pair in pairs):
-        cautions.append(
-            Caution(
-                recipe.network.name,
-                "draws the same first weights under every key, so the server knows the client's",
-                "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
-            )
-        )
-    return Stages(private_bottom, top), tuple(cautions)
-
-
 def set_up(
     recipe: Recipe,
     private: Source | None = None,
@@ -143,61 +102,92 @@ def set_up(
 ) -> Setup:
     """Parties, data and transport as the recipe says.
 
-    private: the client's source; by default it follows from the seed: a rehearsal. records: an earlier deal of the
-    same recipe. wrap: puts a transport around the local one, such as a recording one.
+    private: the client's source; by default it follows from the seed: a rehearsal. Several clients derive theirs from
+    it. records: an earlier deal of the same recipe. wrap: puts a transport around a local one, such as a recording one.
     """
-    name = recipe.parties.clients[0]
-    private = private or rehearsal_source(recipe.seed, name)
-    records = records or deal_records(recipe)
-    (bottom, top), cautions = stages(recipe, records, private)
-    _check_batches(recipe, len(records.train[name]), coupled=[*couples_records(bottom), *couples_records(top)])
-    guard = _hijack_guard(recipe, len(records.train[name]), records.classes, private)
-    server = Server(
-        top,
-        _optimizer(recipe, top),
-        name=recipe.parties.server,
-        source=rehearsal_source(recipe.seed, recipe.parties.server),
+    names = recipe.parties.clients
+    shared = shared_rehearsal_key(recipe) if private is None else private.derive("shared")
+    hashes = None
+    if records is None:
+        records, hashes = deal_and_hash(recipe, shared=shared)
+    shapes = crossing_shapes(recipe, records.record_shape, records.classes)
+    desk = make_desk(
+        recipe, records.record_shape, records.classes, shapes, rehearsal_source(recipe.seed, recipe.parties.server)
     )
-    transport = wrap(LocalTransport(server))
-    client = Client(
-        bottom,
-        _optimizer(recipe, bottom),
-        transport,
-        defenses=defenses(recipe),
-        hijack_guard=guard,
-        name=name,
-        source=private,
-    )
-    return Setup(recipe, records, client, server, transport, cautions)
+    packings = make_packings(recipe, shapes)
+    hub = LocalHub(PackingService(desk, packings) if packings else desk)
+    seats, cautions = [], []
+    for name in names:
+        source = private or rehearsal_source(recipe.seed, name)
+        transport = wrap(LocalTransport(hub, name))
+        share = share_of(recipe, records, name, hashes)
+        client, told = make_client(
+            recipe,
+            name,
+            share,
+            records.classes,
+            source if private is None or len(names) == 1 else source.derive(name),
+            PackingTransport(transport, packings[name]) if packings else transport,
+        )
+        seats.append(Seat(recipe, client, share, shared))
+        cautions.append(told)
+    return Setup(recipe, records, tuple(seats), desk, cautions[0])
 
 
-def batches_of(setup: Setup, epoch: int) -> list[torch.Tensor]:
-    """The numbers (B,) of the private records of each batch of an epoch, in the client's own secret order."""
-    client, training = setup.client, setup.recipe.training
-    order = torch.randperm(len(setup.records.train[client.name]), generator=client.source.generator("order", epoch))
-    batches = list(torch.split(order, training.batch_size))
-    if training.drop_last_batch and len(batches[-1]) < training.batch_size:
-        batches.pop()
-    return batches
+def make_packings(recipe: Recipe, shapes: Shapes) -> dict[str, Packing]:
+    """How each client's messages are compressed; nobody's where they are not."""
+    with_ = compressor(recipe)
+    if isinstance(with_, Identity):
+        return {}
+    return {name: packing(with_, cut, shapes.features) for name, cut in shapes.cut.items()}
+
+
+def batches_of(setup: Setup, epoch: int) -> list[Tensor]:
+    """The numbers (B,) of the first client's records in each batch of an epoch, in its own secret order."""
+    return setup.seats[0].batches(epoch)
 
 
 def train_epoch(setup: Setup, epoch: int, progress: Progress | None = None) -> tuple[float, float]:
-    """Every private record once, in the client's own secret order: (mean loss, accuracy on the way).
+    """Every private record once, in the clients' own secret order: (mean loss, accuracy on the way).
 
     Batches that went out mislabeled count in neither.
     """
-    client, batches = setup.client, batches_of(setup, epoch)
-    records = setup.records.train[client.name]
-    loss = accuracy = seen = 0.0
-    for step, rows in enumerate(batches, start=1):
-        result = client.step(records.x[rows], records.y[rows])
-        if not result.mislabeled:
-            loss += result.loss * len(rows)
-            accuracy += result.accuracy * len(rows)
-            seen += len(rows)
+    result = _combined(play_epoch(setup, epoch, progress, test=False))
+    return result.loss, result.accuracy
+
+
+def play_epoch(setup: Setup, epoch: int, progress: Progress | None = None, *, test: bool = True) -> list[EpochResult]:
+    """One epoch of all clients, and their tests: what it came to at each."""
+    done, total = 0, sum(len(seat.batches(epoch)) for seat in setup.seats)
+
+    def on_batch(_: Position, __: int, result: StepResult) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress.batch(epoch, step, len(batches), result)
-    return loss / seen, accuracy / seen
+            progress.batch(epoch, done, total, result)
+
+    for seat in setup.seats:
+        seat.position.epoch, seat.position.batch = epoch, 0
+    return play_together([(seat.client, playing_epoch(seat, on_batch, test=test)) for seat in setup.seats])
+
+
+def _combined(results: list[EpochResult]) -> EpochResult:
+    """One result of all clients, each counting by its records. Owners of columns without labels count for nothing."""
+    told = [result for result in results if result.told]
+    seen, tested = sum(result.seen for result in told), sum(result.tested for result in told)
+    found = None
+    evaluations = [(result.tested, result.evaluation) for result in told if result.evaluation is not None]
+    if evaluations:
+        accuracy = sum(count * each.accuracy for count, each in evaluations) / tested
+        found = Evaluation(accuracy, evaluations[0][1].dependence)
+    return EpochResult(
+        sum(result.loss * result.seen for result in told) / seen,
+        sum(result.accuracy * result.seen for result in told) / seen,
+        seen,
+        max(result.seconds for result in results),
+        tested,
+        found,
+    )
 
 
 def train(
@@ -211,7 +201,8 @@ def train(
     progress = progress or Silence()
     with computing_with(recipe.threads):
         setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
-        setup.client.check_egress(setup.records.train[setup.client.name].x[:8])
+        for seat in setup.seats:
+            seat.client.check_egress(seat.share.train.x[:8])
         digest = digest_of(setup.records)
         folder = RunFolder.resume(out, recipe, digest) if resume else RunFolder.create(out, recipe, digest)
         with folder.locked():
@@ -223,8 +214,7 @@ def train(
             except HijackError as error:
                 folder.write(ALARM, str(error).encode())
                 raise
-            folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
-            folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
+            write_stages(setup, folder)
             folder.write_metrics(lines)
             summary = summarize(setup, lines, rehearsal=key is None)
             folder.write_json("summary.json", summary)
@@ -236,24 +226,35 @@ def _train_epochs(setup: Setup, folder: RunFolder, progress: Progress) -> list[d
     checkpoint = folder.load_checkpoint()
     lines = [] if checkpoint is None else _restore(setup, checkpoint)
     for epoch in range(len(lines) + 1, setup.recipe.training.epochs + 1):
-        started = time.perf_counter()
-        loss, accuracy = train_epoch(setup, epoch, progress)
-        seconds = time.perf_counter() - started
-        found = evaluate_on_test(setup, epoch)
-        lines.append(
-            {
-                "epoch": epoch,
-                "loss": loss,
-                "train_accuracy": accuracy,
-                "accuracy": found.accuracy,
-                "distance_correlation": asdict(found.dependence),
-                "seconds": seconds,
-            }
-        )
+        lines.append(metrics_line(epoch, _combined(play_epoch(setup, epoch, progress))))
         folder.write_metrics(lines)
         folder.save_checkpoint(_checkpoint(setup, epoch, lines))
         progress.epoch(lines[-1])
     return lines
+
+
+def metrics_line(epoch: int, result: EpochResult) -> dict[str, Any]:
+    """What metrics.jsonl says of an epoch."""
+    found = result.evaluation
+    return {
+        "epoch": epoch,
+        "loss": result.loss,
+        "train_accuracy": result.accuracy,
+        "accuracy": None if found is None else found.accuracy,
+        "distance_correlation": None if found is None else asdict(found.dependence),
+        "seconds": result.seconds,
+    }
+
+
+def write_stages(setup: Setup, folder: RunFolder) -> None:
+    """The trained stages, a file each; owners of columns beside the first have a file of their own."""
+    folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
+    if setup.client.head is not None:
+        folder.write_tensors("head.safetensors", setup.client.head.state_dict())
+    folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
+    if setup.recipe.parties.is_vertical:
+        for seat in setup.seats[1:]:
+            folder.write_tensors(f"bottom-{seat.client.name}.safetensors", seat.client.stage.state_dict())
 
 
 def digest_of(records: Deal) -> str:
@@ -270,29 +271,22 @@ def digest_of(records: Deal) -> str:
 
 def evaluate_on_test(setup: Setup, epoch: int) -> Evaluation:
     """Accuracy and distance correlation on the test records, across the cut."""
-    test = setup.records.test
+    test = setup.seats[0].share.test
     return evaluate(setup.client, test.x, test.y, public_source(setup.recipe.seed).generator("permutations", epoch))
 
 
 def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> dict[str, Any]:
     """What summary.json says of a finished training."""
-    records, traffic = setup.records, setup.transport.traffic
-    seconds = sum(line["seconds"] for line in lines)
-    example = records.test.x[:1]
+    records = setup.records
+    traffic = _total([seat.client.transport.traffic for seat in setup.seats])
     return {
         "accuracy": lines[-1]["accuracy"],
         "distance_correlation": lines[-1]["distance_correlation"],
         "defense": setup.defense,
-        "bytes_sent": traffic.wire_bytes("to server"),
-        "bytes_received": traffic.wire_bytes("to client"),
-        "messages": traffic.messages,
-        "wire": [
-            {"direction": direction, "kind": kind, "messages": flow.messages, "bytes": flow.wire_bytes}
-            for (direction, kind), flow in traffic.flows.items()
-        ],
-        "seconds": seconds,
+        **traffic_summary(traffic),
+        "seconds": (seconds := sum(line["seconds"] for line in lines)),
         "seconds_per_epoch": seconds / len(lines),
-        "client_flops_per_sample": flops_per_sample(setup.client.stage, example),
+        "client_flops_per_sample": client_flops(setup.seats[0]),
         "seed": setup.recipe.seed,
         "keys": "keys derived from the seed: a rehearsal" if rehearsal else "the client's key came from a file",
         "records": {
@@ -301,9 +295,50 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
             "validation": len(records.validation),
             "test": len(records.test),
         },
-        "cautions": [f"{caution.layer}: {caution.reason}; {caution.way_out}" for caution in setup.cautions],
+        "releases": {
+            seat.client.name: seat.client.guards.ledger.summary()
+            for seat in setup.seats
+            if seat.client.guards.ledger is not None
+        },
+        "cautions": cautions_in_words(setup.cautions),
         "recipe_digest": setup.recipe.digest(),
     }
+
+
+def traffic_summary(traffic: Traffic) -> dict[str, Any]:
+    """The bytes and messages of a summary."""
+    return {
+        "bytes_sent": traffic.wire_bytes("to server"),
+        "bytes_received": traffic.wire_bytes("to client"),
+        "messages": traffic.messages,
+        "wire": [
+            {"direction": direction, "kind": kind, "messages": flow.messages, "bytes": flow.wire_bytes}
+            for (direction, kind), flow in traffic.flows.items()
+        ],
+    }
+
+
+def client_flops(seat: Seat) -> int:
+    """FLOPs of training a client's part of the network on one record."""
+    client, x_1 = seat.client, seat.share.train.x[:1]
+    flops = flops_per_sample(client.stage, x_1)
+    if client.head is not None:
+        features = crossing_shapes(seat.recipe, x_1.shape[1:], int(seat.share.train.y.max()) + 1).features
+        flops += flops_per_sample(client.head, torch.zeros(1, *features))
+    return flops
+
+
+def cautions_in_words(cautions: tuple[Caution, ...]) -> list[str]:
+    """A line for each."""
+    return [f"{caution.layer}: {caution.reason}; {caution.way_out}" for caution in cautions]
+
+
+def _total(parts: list[Traffic]) -> Traffic:
+    total = Traffic()
+    for part in parts:
+        for (direction, kind), flow in part.flows.items():
+            total.count(direction, kind, flow.wire_bytes, flow.messages)
+    return total
 
 
 @contextmanager
@@ -317,69 +352,26 @@ def computing_with(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_batches(recipe: Recipe, records: int, coupled: list[str]) -> None:
-    """Refuse what would fail on the way: no batch at all, or a last one too short for a penalty."""
-    size, rest = recipe.training.batch_size, records % recipe.training.batch_size
-    if recipe.training.drop_last_batch:
-        if records < size:
-            raise DataError(f"{records} training records make no batch of {size}; lower training.batch_size")
-    elif recipe.defense.nopeek is not None and 0 < rest < SMALLEST_PENALIZED_BATCH:
-        raise DataError(
-            f"the last batch has {rest} records; NoPeek's penalty needs at least {SMALLEST_PENALIZED_BATCH}: "
-            "set training.drop_last_batch = true, or another batch_size"
-        )
-    elif rest == 1 and coupled:
-        raise DataError(
-            f"the last batch has one record, and BatchNorm ({coupled[0]}) needs two: "
-            "set training.drop_last_batch = true, or another batch_size"
-        )
-
-
-def _hijack_guard(recipe: Recipe, records: int, classes: int, private: Source) -> HijackGuard | None:
-    """The client's guard, or None. Raises DataError where it could not do its work in so few batches."""
-    settings = recipe.guard.hijack
-    if settings is None:
-        return None
-    guard = HijackGuard(private.derive("guard"), classes, **settings.model_dump())
-    size, training = recipe.training.batch_size, recipe.training
-    batches = records // size if training.drop_last_batch else -(-records // size)
-    if batches < 2:
-        raise DataError("guard.hijack needs at least 2 batches an epoch: one may be mislabeled; lower batch_size")
-    if batches * training.epochs < guard.steps_to_judge:
-        raise DataError(
-            f"guard.hijack judges the server after {guard.steps_to_judge} batches, and {training.epochs} epochs have "
-            f"{batches * training.epochs}: lower its warm_up, or raise its fake_share or training.epochs"
-        )
-    return guard
-
-
-def _optimizer(recipe: Recipe, stage: nn.Module) -> torch.optim.Optimizer | None:
-    parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-    if not parameters:
-        return None
-    training = recipe.training
-    if training.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-    )
-
-
 def _checkpoint(setup: Setup, epoch: int, lines: list[dict[str, Any]]) -> Checkpoint:
-    flows = [
-        [direction, kind, flow.messages, flow.wire_bytes]
-        for (direction, kind), flow in setup.transport.traffic.flows.items()
-    ]
-    parties = {party.name: party.state() for party in (setup.client, setup.server)}
+    flows = {
+        seat.client.name: [
+            [direction, kind, flow.messages, flow.wire_bytes]
+            for (direction, kind), flow in seat.client.transport.traffic.flows.items()
+        ]
+        for seat in setup.seats
+    }
+    parties: dict[str, Mapping[str, Tensor]] = {seat.client.name: seat.client.state() for seat in setup.seats}
+    parties[setup.recipe.parties.server] = setup.desk.state()
     return Checkpoint(epoch, parties, {"metrics": lines, "traffic": flows})
 
 
 def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     try:
-        for party in (setup.client, setup.server):
-            party.load_state(checkpoint.parties[party.name])
-        for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"]:
-            setup.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
+        for seat in setup.seats:
+            seat.client.load_state(checkpoint.parties[seat.client.name])
+            for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"][seat.client.name]:
+                seat.client.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
+        setup.desk.load_state(checkpoint.parties[setup.recipe.parties.server])
         lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         words = str(error).splitlines()[0]
@@ -388,7 +380,3 @@ def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             "remove the checkpoint folder to begin anew"
         ) from None
     return lines
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

@@ -1,4 +1,4 @@
-"""A transport brings a message to the other party and its answer back. Three verbs are enough; one is here today."""
+"""A transport brings a message to the other party and its answer back. Three verbs are enough."""
 
 from __future__ import annotations
 
@@ -39,11 +39,28 @@ class Traffic:
 
 
 class Transport(ABC):
-    """Where a client's messages go. It counts what it carries, in bytes as they are on the wire."""
+    """Where a client's messages go. It counts what it carries, in bytes as they are on the wire.
+
+    Every message gets one answer, in order. Several may be under way before the first answer is taken.
+    """
 
     def __init__(self) -> None:
         self.traffic = Traffic()
 
     @abstractmethod
+    def send(self, message: Message) -> None:
+        """Put `message` on its way. Raises MessageError for one that cannot travel."""
+
+    @abstractmethod
+    def receive(self) -> Message:
+        """The next answer; waits for it. Raises MessageError when what comes back is not a message."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is worth asking for the next answer now; of use where one process plays several parties."""
+        return True
+
     def exchange(self, message: Message) -> Message:
-        """Send `message` and wait for the answer. Raises MessageError when what comes back is not a message."""
+        """Send `message` and wait for the answer."""
+        self.send(message)
+        return self.receive()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from milkglass.attacks.fsha import FsAttribute, FsHijack, Hijacker, Plan
 from milkglass.attacks.fsha_networks import critic_of, decoder
+from milkglass.client import Client
 from milkglass.cuts import cut
 from milkglass.data import Deal
 from milkglass.defenses.nopeek import NoPeek
@@ -24,11 +25,10 @@ from milkglass.leakage.classification import balanced_accuracy
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.messages import Message, Responder
 from milkglass.networks import build, cnn
-from milkglass.parties import Client
 from milkglass.randomness import drawing_from, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.replay import drive
-from milkglass.training.split import deal_records
+from milkglass.training.setup import deal_records
 from milkglass.transcript import Driven, HonestServer, Knowledge, Pairs, Release, View
 from milkglass.transports.local import LocalTransport
 from tests.helpers import small_recipe

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from milkglass.attacks.sdar import Sdar
+from milkglass.client import Client
 from milkglass.errors import AuditError, MissingKnowledgeError
 from milkglass.leakage.reconstruction import squared_errors
 from milkglass.messages import Responder
-from milkglass.parties import Client, Server
 from milkglass.randomness import Source, drawing_from
 from milkglass.replay import replay
 from milkglass.runs import RunFolder
+from milkglass.server import Server
 from milkglass.training.split import set_up, train, train_epoch
 from milkglass.transcript import Driven, HonestServer, Knowledge, Pairs, Release, View
 from milkglass.transports.local import LocalTransport

@@ -50,8 +50,8 @@ class TransportSuite(ABC):
             transport.exchange(question(rows))
         sent, received = transport.traffic.wire_bytes("to server"), transport.traffic.wire_bytes("to client")
         values = 404 * 3 * 4
-        assert values < sent < values + 2 * 128
-        assert values < received < values + 2 * 128
+        assert values < sent < values + 2 * 256
+        assert values < received < values + 2 * 256
         assert transport.traffic.messages == 4
         assert transport.traffic.flows[("to server", "activations")].messages == 2
 

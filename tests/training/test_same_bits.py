@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milkglass.client import Client
 from milkglass.cuts import cut
 from milkglass.data import load
 from milkglass.defenses.base import Defense, NoiseStream
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
 from milkglass.networks import build
-from milkglass.parties import Client, Server
 from milkglass.randomness import Source, drawing_from, public_source
+from milkglass.server import Server
 from milkglass.transports.local import LocalTransport
 
 CLASSES, BATCH, STEPS = 5, 12, 4

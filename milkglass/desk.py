@@ -1,0 +1,306 @@
+"""One server and its clients: who is answered when, what several send together, what they leave for each other.
+
+Ways for several clients, each with its paper:
+
+relay       in turn, each on from the weights of the one before (Gupta and Raskar 2018, arXiv 1810.06060)
+splitfed1   in parallel, the server with a stage for each; all averaged after every epoch (Thapa et al. 2022, AAAI,
+            arXiv 2004.12088, SFLV1)
+splitfed2   in parallel, one stage at the server, one step of each client after another in a drawn order; the clients
+            averaged after every epoch (the same, SFLV2)
+vertical    owners of different columns of the same records, one joint step (Ceballos et al. 2020, arXiv 2008.04137)
+
+We differ: weights are handed on and averaged by the clients themselves, sealed from the server, where the papers trust
+a server with them. SFLV2 draws its order for every step, not for every epoch, so that clients overlap.
+
+The desk does no input or output: it takes a message and gives back the answers that are due. One client's messages come
+in order; between clients any order gives the same bits. After an epoch queries are answered by a copy of the server's
+stage as it was then, for a faster client may be training on already.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from milkglass.errors import MessageError
+from milkglass.handover import average
+from milkglass.linkage import match
+from milkglass.messages import Addressed, Message
+from milkglass.randomness import Source
+from milkglass.recipe import Mode
+from milkglass.server import Server
+
+_TRAINING: Final = ("activations", "returns")
+
+
+@final
+class Desk:
+    """Answers the messages of all clients.
+
+    servers: for each client the server that trains with it: one and the same, or in splitfed1 one each. public: draws
+    the order in splitfed2. axis: along which vertical activations are joined. In vertical training the first client
+    holds the labels; the others learn no loss.
+    """
+
+    def __init__(
+        self,
+        servers: Mapping[str, Server],
+        mode: Mode = "relay",
+        *,
+        public: Source,
+        axis: int = 1,
+    ) -> None:
+        self.servers = dict(servers)
+        self.clients = list(servers)
+        self.mode = mode
+        self._batches: dict[str, int] = {}  # training batches of each in an epoch
+        self._public = public
+        self._axis = axis
+        self._alone = len(self.clients) == 1
+        self._name = next(iter(servers.values())).name
+        self._asked: Server | None = None  # answers queries, once an epoch is over
+        self._round = 1
+        self._left: dict[tuple[int, str], Tensor] = {}
+        self._collecting: dict[str, Message] = {}
+        self._trained = dict.fromkeys(self.clients, 0)  # records of each in this round
+        self._order = self._turns()
+        self._turn: str | None = None
+        self._turns_done = 0
+        self._waiting: dict[str, deque[Message]] = {client: deque() for client in self.clients}
+        self._hashes: dict[str, Tensor] = {}
+
+    @property
+    def resting(self) -> bool:
+        """Whether no training step is half done: then `state` is all that must be kept, beside `held`."""
+        return all(server.resting for server in self.servers.values())
+
+    def held(self) -> list[Message]:
+        """Messages that were taken and have had no effect so far, because others must come first."""
+        waiting = [message for messages in self._waiting.values() for message in messages]
+        return waiting + list(self._collecting.values())
+
+    def receive(self, message: Message) -> list[Addressed]:
+        """Take a message of one client; the answers that are now due, to whom they may be.
+
+        Raises MessageError for what was not agreed; DataError where vertical owners' records do not match.
+        """
+        if message.party not in self.servers:
+            raise MessageError(f"{message.party!r} takes no part; those who do: {', '.join(self.clients)}")
+        if message.kind == "weights":
+            return self._leave(message)
+        if message.kind == "collect":
+            self._check_collect(message)
+            self._collecting[message.party] = message
+            return self._handed()
+        if message.kind == "hashes":
+            return self._match(message)
+        if message.kind == "enters":
+            return self._enter(message)
+        if self.mode == "vertical" and not self._alone:
+            self._waiting[message.party].append(message)
+            return list(self._joint())
+        if message.kind == "queries":
+            server = self.servers[message.party] if self._asked is None else self._asked
+            return [(message.party, server.reply(message))]
+        if message.kind not in _TRAINING:
+            raise MessageError(f"a server does not answer {message.kind!r}")
+        if self._alone:
+            return [(message.party, self.servers[message.party].reply(message))]
+        self._check_turn(message)
+        if self.mode == "splitfed2":
+            self._waiting[message.party].append(message)
+            return list(self._in_turn())
+        return [(message.party, self._train(message))]
+
+    # Training: each at once, in a drawn order, or all together.
+
+    def _train(self, message: Message) -> Message:
+        answer = self.servers[message.party].reply(message)
+        if message.kind == "activations":
+            self._trained[message.party] += len(message.tensors["activations"])
+        return answer
+
+    def _check_turn(self, message: Message) -> None:
+        if (self._round, message.party) in self._left:
+            raise MessageError(f"{message.kind!r} of {message.party}: it has left its weights in epoch {self._round}")
+        posted = sum(1 for round_, _ in self._left if round_ == self._round)
+        if self.mode == "relay" and self.clients[posted] != message.party:
+            raise MessageError(f"{message.kind!r} of {message.party}: it is the turn of {self.clients[posted]}")
+
+    def _turns(self) -> Iterator[str]:
+        """splitfed2: whose step is next, in this round: a permutation of the clients for each step."""
+        for index in range(max(self._batches.values())):
+            generator = self._public.generator("turns", self._round, index)
+            order = torch.randperm(len(self.clients), generator=generator).tolist()
+            yield from (self.clients[i] for i in order if self._batches[self.clients[i]] > index)
+
+    def _in_turn(self) -> Iterator[Addressed]:
+        while len(self._batches) == len(self.clients):
+            self._turn = self._turn or next(self._order, None)
+            if self._turn is None or not self._waiting[self._turn]:
+                return
+            party = self._turn
+            yield party, self._train(self._waiting[party].popleft())
+            if self.servers[party].resting:
+                self._turn = None
+                self._turns_done += 1
+
+    def _order_left(self) -> list[str]:
+        """splitfed2: whose steps are still to come in this round."""
+        if len(self._batches) < len(self.clients):
+            return self.clients
+        return list(self._turns())[self._turns_done :]
+
+    def _joint(self) -> Iterator[Addressed]:
+        """vertical: while each owner has sent something, answer what they sent together."""
+        while all(self._waiting.values()):
+            messages = [self._waiting[client].popleft() for client in self.clients]
+            yield from self._join(messages)
+
+    def _join(self, messages: Sequence[Message]) -> list[Addressed]:
+        first = messages[0]
+        what = {(m.kind, m.step, m.piece, m.pieces, len(m.tensors.get("activations", ()))) for m in messages}
+        if len(what) > 1 or first.kind not in ("activations", "queries"):
+            told = "; ".join(f"{m.party}: {m.kind!r} of step {m.step}, piece {m.piece}" for m in messages)
+            raise MessageError(f"the owners do not send the same batch: {told}")
+        parts = [message.tensors["activations"] for message in messages]
+        axis = self._axis if all(part.dim() > self._axis for part in parts) else 1
+        try:
+            joined = torch.cat(parts, dim=axis)
+        except RuntimeError:
+            shapes = ", ".join("x".join(map(str, part.shape[1:])) for part in parts)
+            raise MessageError(f"activations of {shapes} cannot be joined along dimension {axis}") from None
+        answer = self.servers[first.party].reply(
+            Message(
+                first.kind, first.party, first.step, {**first.tensors, "activations": joined}, first.piece, first.pieces
+            )
+        )
+        if first.kind == "queries":
+            others = [(client, Message("receipt", self._name, first.step)) for client in self.clients[1:]]
+            return [(self.clients[0], answer), *others]
+        gradients = torch.split(answer.tensors["gradient"], [part.shape[axis] for part in parts], dim=axis)
+        answers: list[Addressed] = []
+        for client, gradient in zip(self.clients, gradients, strict=True):
+            told_all = dict(answer.tensors) if client == self.clients[0] else {}
+            tensors = {**told_all, "gradient": gradient.contiguous()}
+            answers.append((client, Message("gradients", self._name, first.step, tensors, first.piece, first.pieces)))
+        return answers
+
+    # What clients leave for each other.
+
+    def _enter(self, message: Message) -> list[Addressed]:
+        batches = message.tensors.get("batches")
+        if batches is None or batches.dtype != torch.int64 or batches.numel() != 1 or not 0 < int(batches) < 2**40:
+            raise MessageError(f"'enters' of {message.party}: expected how many batches it has in an epoch")
+        self._batches[message.party] = int(batches)
+        receipt: Addressed = (message.party, Message("receipt", self._name, message.step))
+        return [receipt, *(self._in_turn() if self.mode == "splitfed2" else ())]
+
+    def _leave(self, message: Message) -> list[Addressed]:
+        sealed = message.tensors.get("sealed")
+        place = (message.step, message.party)
+        if sealed is None or sealed.dtype != torch.uint8 or len(message.tensors) != 1 or sealed.dim() != 1:
+            raise MessageError(f"'weights' of {message.party}: expected sealed bytes and nothing else")
+        if message.step != self._round or place in self._left:
+            raise MessageError(f"'weights' of {message.party}: of epoch {message.step}, expected {self._round}")
+        self._check_turn(message)
+        if self.mode == "splitfed2" and (self._waiting[message.party] or message.party in self._order_left()):
+            raise MessageError(f"'weights' of {message.party}: it still has batches in epoch {message.step}")
+        self._left[place] = sealed.clone()
+        answers: list[Addressed] = [(message.party, Message("receipt", self._name, message.step))]
+        if all((self._round, client) in self._left for client in self.clients):
+            self._end_round()
+        return answers + self._handed()
+
+    def _end_round(self) -> None:
+        """All have left their weights: average the server's own stages, and keep what queries are answered by."""
+        if self.mode == "splitfed1":
+            stages = [self.servers[client].weights() for client in self.clients]
+            mean = average(stages, [self._trained[client] for client in self.clients])
+            for server in self.servers.values():
+                server.load_weights(mean)
+        self._asked = self.servers[self.clients[0]].snapshot()
+        self._left = {place: sealed for place, sealed in self._left.items() if place[0] == self._round}
+        self._trained = dict.fromkeys(self.clients, 0)
+        self._round += 1
+        self._order, self._turn, self._turns_done = self._turns(), None, 0
+
+    def _check_collect(self, message: Message) -> None:
+        wanted = message.tensors.get("of")
+        if wanted is None or wanted.dtype != torch.int64 or wanted.dim() != 1 or not len(wanted):
+            raise MessageError(f"'collect' of {message.party}: expected the numbers of clients")
+        if wanted.min() < 0 or wanted.max() >= len(self.clients) or len(wanted) > len(self.clients):
+            raise MessageError(f"'collect' of {message.party}: expected numbers from 0 to {len(self.clients) - 1}")
+        if not self._round - 1 <= message.step <= self._round:
+            raise MessageError(f"'collect' of {message.party}: of epoch {message.step}, expected {self._round}")
+
+    def _handed(self) -> list[Addressed]:
+        """Answers to those whose wanted weights are all there by now."""
+        answers: list[Addressed] = []
+        for party, message in list(self._collecting.items()):
+            names = [self.clients[int(index)] for index in message.tensors["of"]]
+            if all((message.step, name) in self._left for name in names):
+                del self._collecting[party]
+                tensors = {name: self._left[message.step, name] for name in names}
+                answers.append((party, Message("handed", self._name, message.step, tensors)))
+        return answers
+
+    def _match(self, message: Message) -> list[Addressed]:
+        hashes = message.tensors.get("hashes")
+        if self.mode != "vertical" or hashes is None or hashes.dtype != torch.uint8 or hashes.dim() != 2:
+            raise MessageError(f"'hashes' of {message.party}: not expected here, or not bytes")
+        self._hashes[message.party] = hashes.clone()
+        if len(self._hashes) < len(self.clients):
+            return []
+        match({client: self._hashes[client].numpy() for client in self.clients})
+        self._hashes = {}
+        return [(client, Message("receipt", self._name, 0)) for client in self.clients]
+
+    # Checkpoints.
+
+    def state(self) -> dict[str, Tensor]:
+        """All that must be kept beside the messages in `held`: flat, named tensors. Only while `resting`."""
+        state = {
+            "round": torch.tensor(self._round),
+            "trained": torch.tensor([self._trained[client] for client in self.clients]),
+            "turns_done": torch.tensor(self._turns_done),
+            "batches": torch.tensor([self._batches.get(client, 0) for client in self.clients]),
+        }
+        for index, server in enumerate(self._different()):
+            state |= {f"server{index}.{name}": tensor for name, tensor in server.state().items()}
+        if self._asked is not None:
+            state |= {f"asked.{name}": tensor for name, tensor in self._asked.weights().items()}
+        state |= {f"left.{round_}.{self.clients.index(name)}": t for (round_, name), t in self._left.items()}
+        state |= {f"hashes.{self.clients.index(name)}": t for name, t in self._hashes.items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken, with nothing held: the messages that were come again."""
+        self._round, self._turns_done = int(state["round"]), int(state["turns_done"])
+        self._trained = dict(zip(self.clients, state["trained"].tolist(), strict=True))
+        self._batches = {c: n for c, n in zip(self.clients, state["batches"].tolist(), strict=True) if n}
+        for index, server in enumerate(self._different()):
+            server.load_state(_below(f"server{index}.", state))
+        asked = _below("asked.", state)
+        if asked:
+            self._asked = self.servers[self.clients[0]].snapshot()
+            self._asked.load_weights(asked)
+        self._left = {}
+        for name, tensor in _below("left.", state).items():
+            round_, number = name.split(".")
+            self._left[int(round_), self.clients[int(number)]] = tensor
+        self._hashes = {self.clients[int(index)]: t for index, t in _below("hashes.", state).items()}
+        self._order, self._turn = self._turns(), None
+        for _ in range(self._turns_done):
+            next(self._order)
+
+    def _different(self) -> list[Server]:
+        return list({id(server): server for server in self.servers.values()}.values())
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

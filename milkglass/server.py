@@ -1,0 +1,191 @@
+"""The server's side of a cut: the stage that activations go through, and the loss where it holds that.
+
+Legend: B records in a batch, `...` an activation's own shape, K classes.
+
+Two ways: with a loss, a training batch is answered with its gradient (vanilla). Without one it is answered with the
+features that the stage makes of it; the client then returns their gradient, and gets that of its activations (U-shaped:
+Vepakomma et al. 2018, arXiv 1812.00564, section 2.2). A batch may come in pieces of equal size: their gradients add up,
+and the step is taken after the last.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milkglass.codec import shapes
+from milkglass.errors import MessageError, MilkglassError
+from milkglass.guards import finite
+from milkglass.messages import Message
+from milkglass.parties import Party
+from milkglass.randomness import Source
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K), labels (B,)) -> scalar."""
+
+
+@final
+class Server(Party):
+    """Holds the top stage; and, unless `loss` is None, the labels that clients send along, and the loss.
+
+    loss: None for U-shaped training. cut_shape: of one record's activations (without the batch), where it is agreed on
+    beforehand; else the first message sets it.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        loss: Loss | None = F.cross_entropy,
+        cut_shape: tuple[int, ...] | None = None,
+        name: str = "server",
+        source: Source | None = None,
+    ) -> None:
+        super().__init__(stage, optimizer, source)
+        self.name = name
+        self._loss = loss
+        self._agreed = None if cut_shape is None else (torch.Size(cut_shape), torch.float32)
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # U-shaped: piece -> activations, features with their graph
+        self._begun = self._ended = 0  # pieces of the training batch that is under way
+        self._pieces = 1
+
+    @property
+    def resting(self) -> bool:
+        """Whether no training step is half done."""
+        return self._begun == 0
+
+    def snapshot(self) -> Server:
+        """A server that answers queries as this one would now, and never learns."""
+        stage = copy.deepcopy(self.stage)
+        return Server(stage, None, loss=self._loss, name=self.name, source=self.source)
+
+    def reply(self, message: Message) -> Message:
+        """Answer one message of a client: a training step, its second half, or predictions."""
+        before = self.generator.get_state()
+        try:
+            return self._reply(message)
+        except MilkglassError:
+            self.generator.set_state(before)  # who is refused moves nobody else's dropout
+            raise
+
+    def _reply(self, message: Message) -> Message:
+        if message.kind == "returns":
+            return self._finish(message)
+        z = message.tensors.get("activations")
+        if z is None or not z.is_floating_point():
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}"
+            )
+        self._check_activations(message, z)
+        if message.kind == "queries":
+            with torch.no_grad():
+                logits_BK = self._forward(z.clone(), training=False)
+            return Message("predictions", self.name, message.step, {"logits": logits_BK})
+        if message.kind == "activations":
+            return self._train(message, z)
+        raise MessageError(f"a server does not answer {message.kind!r}")
+
+    def _check_activations(self, message: Message, z: Tensor) -> None:
+        """Raise MessageError unless `z` has the shape and type agreed on (the first one's), and is finite."""
+        if self._agreed is None and z.dim() > 1:
+            self._agreed = (z.shape[1:], z.dtype)
+        if len(z.shape) < 2 or not len(z) or (z.shape[1:], z.dtype) != self._agreed:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: {shapes({'activations': z})} do not have the shape agreed on"
+            )
+        if not finite(z):
+            raise MessageError(f"{message.kind!r} of {message.party}: activations are not finite (NaN or infinity)")
+
+    def _train(self, message: Message, z: Tensor) -> Message:
+        """The forward pass of a piece; with a loss the backward pass as well."""
+        y_B = self._labels(message, z)
+        self._check_piece(message)
+        z = z.detach().requires_grad_()
+        out = self._forward(z.clone(), training=True)  # the stage may begin with an in-place layer
+        if self._loss is None or y_B is None:
+            self._open[message.piece] = z, out
+            self._begin_piece()
+            return Message(
+                "features", self.name, message.step, {"features": out.detach()}, message.piece, message.pieces
+            )
+        if y_B.min() < 0 or y_B.max() >= out.shape[1]:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: labels from {y_B.min()} to {y_B.max()}; "
+                f"expected 0 to {out.shape[1] - 1}"
+            )
+        loss = self._loss(out, y_B)
+        if not finite(loss.detach()):
+            raise MilkglassError(
+                f"step {message.step}: the loss is {loss.item()}; training has diverged: lower the learning rate"
+            )
+        self._begin_piece()
+        (loss / message.pieces if message.pieces > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        self._end_piece(message)
+        right = (out.detach().argmax(dim=1) == y_B).sum()
+        tensors = {"gradient": cast(Tensor, z.grad), "loss": loss.detach(), "right": right}
+        return Message("gradients", self.name, message.step, tensors, message.piece, message.pieces)
+
+    def _finish(self, message: Message) -> Message:
+        """U-shaped: the backward pass of a piece, from the gradient at its features."""
+        if message.piece not in self._open:
+            raise MessageError(f"'returns' of {message.party}: no features of step {message.step} are out")
+        z, features = self._open[message.piece]
+        gradient = message.tensors.get("gradient")
+        if gradient is None or (gradient.shape, gradient.dtype) != (features.shape, features.dtype):
+            raise MessageError(
+                f"'returns' of {message.party}: expected a gradient of shape {tuple(features.shape)}, "
+                f"got {shapes(message.tensors)}"
+            )
+        if not finite(gradient.square()):
+            raise MessageError(f"'returns' of {message.party}: the gradient is not finite, or far too large")
+        if message.piece != min(self._open):
+            raise MessageError(
+                f"'returns' of {message.party}: piece {message.piece} came before piece {min(self._open)}"
+            )
+        del self._open[message.piece]
+        features.backward(gradient)  # type: ignore[no-untyped-call]
+        self._end_piece(message)
+        tensors = {"gradient": cast(Tensor, z.grad)}
+        return Message("gradients", self.name, message.step, tensors, message.piece, message.pieces)
+
+    def _labels(self, message: Message, z: Tensor) -> Tensor | None:
+        y_B = message.tensors.get("labels")
+        if self._loss is None:
+            if y_B is not None:
+                raise MessageError(f"{message.kind!r} of {message.party}: labels, where they stay with the client")
+            return None
+        if y_B is None or y_B.shape != z.shape[:1] or y_B.dtype != torch.int64:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: expected an int64 label for each of {len(z)} records"
+            )
+        return y_B
+
+    def _check_piece(self, message: Message) -> None:
+        """Raise MessageError unless this piece of a training batch is the next one."""
+        if message.piece != self._begun or (message.piece > 0 and message.pieces != self._pieces):
+            raise MessageError(
+                f"step {message.step} of {message.party}: piece {message.piece} of {message.pieces}; "
+                f"expected piece {self._begun}" + (f" of {self._pieces}" if self._begun else "")
+            )
+        self._pieces = message.pieces
+
+    def _begin_piece(self) -> None:
+        """The first piece of a step clears the gradients."""
+        if self._begun == 0 and self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._begun += 1
+
+    def _end_piece(self, message: Message) -> None:
+        """Count a piece whose gradient is added; after the last one of a step, take the step."""
+        self._ended += 1
+        if self._ended < message.pieces:
+            return
+        self._begun = self._ended = 0
+        if self.optimizer is not None:
+            self.optimizer.step()

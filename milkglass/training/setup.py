@@ -1,0 +1,365 @@
+"""From a recipe to parties that are ready to train: records, stages, optimizers, defenses, guards.
+
+The client's first weights, batch order, dropout and noise come from its private source; dealing and the server's first
+weights from the recipe's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from milkglass.client import Client, Guards
+from milkglass.compression.base import Compressor
+from milkglass.compression.wire import compressor_of
+from milkglass.cuts import Caution, check_stages, couples_records, cut
+from milkglass.data import Deal, RawRecords, Records, deal, load, owners_part
+from milkglass.defenses.base import Defense
+from milkglass.defenses.noise import Noise
+from milkglass.defenses.nopeek import NoPeek
+from milkglass.desk import Desk
+from milkglass.errors import CutError, DataError, RecipeError
+from milkglass.guards import LeakageGuard, ReleaseLedger
+from milkglass.hijack import HijackGuard
+from milkglass.linkage import hash_ids, sorted_by_hash
+from milkglass.networks import build
+from milkglass.randomness import Source, public_source, rehearsal_source
+from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
+from milkglass.server import Server
+from milkglass.tracing import in_mode
+from milkglass.transports.base import Transport
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network in the parts that parties hold: the client's first, the server's, U-shaped the client's last."""
+
+    bottom: nn.Module
+    middle: nn.Module
+    head: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What crosses, a record: the cut's activations, of each client; and U-shaped, what the server makes of them."""
+
+    cut: Mapping[str, tuple[int, ...]]
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's own records: to train on, to test on; hashes (N, 32) of their ids where owners match them."""
+
+    train: Records
+    test: Records
+    hashes: torch.Tensor | None = None
+
+
+def shared_rehearsal_key(recipe: Recipe) -> Source:
+    """What the clients share, where one process plays all of them: it follows from the seed, so it hides nothing."""
+    return rehearsal_source(recipe.seed, "shared by the clients")
+
+
+def deal_records(recipe: Recipe, *, own: str | None = None, shared: Source | None = None) -> Deal:
+    """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed.
+
+    own: the client whose own records the file holds. shared: the owners' key in vertical training, where all of them
+    deal records that lie in the order of their hashed ids.
+    """
+    return deal_and_hash(recipe, own=own, shared=shared)[0]
+
+
+def deal_and_hash(
+    recipe: Recipe, *, own: str | None = None, shared: Source | None = None
+) -> tuple[Deal, torch.Tensor | None]:
+    """`deal_records`, and in vertical training the hashes (N, 32) of all ids, which the server compares."""
+    if not recipe.parties.is_vertical:
+        return _deal(recipe, _raw(recipe), own), None
+    key = shared or shared_rehearsal_key(recipe)
+    run = bytes.fromhex(recipe.digest())
+    parts: list[RawRecords | None] = []
+    hashes = []
+    for what, raw in zip((b"train", b"test"), _raw(recipe), strict=True):
+        if raw is None:
+            parts.append(None)
+            continue
+        hashed = hash_ids(np.arange(len(raw)) if raw.ids is None else raw.ids, key, run + what)
+        order = sorted_by_hash(hashed)
+        parts.append(raw.in_order(order))
+        hashes.append(hashed[order])
+    train, test = parts
+    assert train is not None
+    return _deal(recipe, (train, test), own), torch.from_numpy(np.concatenate(hashes))
+
+
+def share_of(recipe: Recipe, records: Deal, name: str, hashes: torch.Tensor | None = None) -> Share:
+    """What of a deal is the client's of that name.
+
+    Test records are parted as well, so that each is tested once; owners of columns have theirs of every record.
+    """
+    clients = recipe.parties.clients
+    index, count = clients.index(name), len(clients)
+    train, test = records.train[name], records.test
+    if recipe.parties.is_vertical:
+        if recipe.client.own_records:
+            return Share(train, test, hashes)
+        axis = recipe.parties.vertical.axis
+        train, test = (replace(part, x=owners_part(part.x, index, count, axis)) for part in (train, test))
+        return Share(train, test, hashes)
+    if count > 1 and not recipe.client.own_records:
+        test = test.take(torch.arange(len(test)).tensor_split(count)[index])
+    return Share(train, test)
+
+
+def network_parts(recipe: Recipe, shape: Sequence[int], classes: int, source: Source, *, owner: bool = False) -> Parts:
+    """The recipe's network for records of `shape`, drawn from `source`, and cut. owner: with the owner's settings."""
+    network = recipe.network
+    settings = {**network.settings, **recipe.parties.vertical.owner_settings} if owner else network.settings
+    model = build(network.name, tuple(shape), classes, settings, source.generator("weights"))
+    bottom, rest = cut(model, at=recipe.cut.at)
+    check_stages(bottom, rest)  # before parts of two networks are put together: afterwards nothing is shared any more
+    if recipe.cut.back_at is None:
+        return Parts(bottom, rest, None)
+    middle, head = cut(rest, at=recipe.cut.back_at)
+    check_stages(middle, head)
+    return Parts(bottom, middle, head)
+
+
+def owner_shapes(recipe: Recipe, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shape of one record as each client holds it, where one of the whole is `shape`."""
+    clients = recipe.parties.clients
+    if not recipe.parties.is_vertical:
+        return dict.fromkeys(clients, tuple(shape))
+    axis = recipe.parties.vertical.axis
+    example = torch.zeros(1, *shape)
+    return {name: tuple(owners_part(example, i, len(clients), axis).shape[1:]) for i, name in enumerate(clients)}
+
+
+def crossing_shapes(recipe: Recipe, shape: Sequence[int], classes: int) -> Shapes:
+    """What crosses for one record: found by sending zeros through networks drawn from the seed.
+
+    Raises RecipeError where vertical activations do not join to what the server's stage takes.
+    """
+    source = public_source(recipe.seed)
+    whole = network_parts(recipe, shape, classes, source)
+    wanted = _output(whole.bottom, shape)
+    features = _output(whole.middle, wanted)
+    if not recipe.parties.is_vertical:
+        return Shapes(dict.fromkeys(recipe.parties.clients, wanted), features)
+    cuts = {
+        name: _output(network_parts(recipe, part, classes, source, owner=True).bottom, part)
+        for name, part in owner_shapes(recipe, shape).items()
+    }
+    axis = join_axis(recipe, shape)
+    joined = _joined(list(cuts.values()), axis)
+    if joined != wanted:
+        raise RecipeError(
+            f"parties.vertical: owners' activations {' and '.join(map(_by, cuts.values()))} "
+            f"{'cannot be joined' if joined is None else 'join to ' + _by(joined)}; the server's stage takes "
+            f"{_by(wanted)}: change the owners' stages with parties.vertical.owner_settings, such as hidden"
+        )
+    return Shapes(cuts, features)
+
+
+def join_axis(recipe: Recipe, shape: Sequence[int]) -> int:
+    """Along which dimension of a batch vertical activations are joined, where they have it."""
+    return recipe.parties.vertical.axis or (1 if len(shape) == 1 else 2)
+
+
+def defenses(recipe: Recipe) -> list[Defense]:
+    """The client's defenses, in the order in which they act."""
+    chosen: list[Defense] = []
+    if recipe.defense.noise is not None:
+        chosen.append(Noise(recipe.defense.noise.sigma))
+    if recipe.defense.nopeek is not None:
+        chosen.append(NoPeek(recipe.defense.nopeek.weight, recipe.defense.nopeek.estimator))
+    return chosen
+
+
+def compressor(recipe: Recipe) -> Compressor:
+    """What the wire does to activations and gradients."""
+    return compressor_of(recipe.wire.compress, recipe.wire.topk_share)
+
+
+def make_client(
+    recipe: Recipe, name: str, share: Share, classes: int, private: Source, transport: Transport
+) -> tuple[Client, tuple[Caution, ...]]:
+    """A client with its stage drawn from its private source, its defenses and guards; and cautions.
+
+    Raises MilkglassError where the recipe cannot be run with these records.
+    """
+    owner = recipe.parties.is_vertical
+    shape = share.train.x.shape[1:]
+    own = network_parts(recipe, shape, classes, private, owner=owner)
+    public = network_parts(recipe, shape, classes, public_source(recipe.seed), owner=owner)
+    cautions = check_stages(own.bottom, public.middle)
+    _check_batches(recipe, len(share.train), coupled=[*couples_records(own.bottom), *couples_records(public.middle)])
+    pairs = list(zip(own.bottom.parameters(), public.bottom.parameters(), strict=True))
+    if pairs and all(torch.equal(*pair) for pair in pairs):
+        cautions.append(
+            Caution(
+                recipe.network.name,
+                "draws the same first weights under every key, so the server knows the client's",
+                "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
+            )
+        )
+    parts = [own.bottom] if own.head is None else [own.bottom, own.head]
+    client = Client(
+        own.bottom,
+        optimizer(recipe, *parts),
+        transport,
+        head=own.head,
+        sends_labels=not owner or name == recipe.parties.clients[0],
+        pieces=recipe.training.micro_batches,
+        defenses=defenses(recipe),
+        guards=_guards(recipe, len(share.train), classes, private),
+        compressor=compressor(recipe),
+        name=name,
+        source=private,
+    )
+    return client, tuple(cautions)
+
+
+def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes, private: Source) -> Desk:
+    """The server's side: its stage drawn from the seed, one for each client in SplitFed 1, and who is served when."""
+    public, parties = public_source(recipe.seed), recipe.parties
+
+    def server(cut_shape: tuple[int, ...] | None, source: Source) -> Server:
+        middle = network_parts(recipe, shape, classes, public).middle
+        if recipe.cut.back_at is None:
+            return Server(middle, optimizer(recipe, middle), cut_shape=cut_shape, name=parties.server, source=source)
+        return Server(
+            middle, optimizer(recipe, middle), loss=None, cut_shape=cut_shape, name=parties.server, source=source
+        )
+
+    if parties.mode == "splitfed1" and len(parties.clients) > 1:
+        servers = {name: server(shapes.cut[name], private.derive(name)) for name in parties.clients}
+    else:
+        one = server(None if parties.is_vertical else shapes.cut[parties.clients[0]], private)
+        servers = dict.fromkeys(parties.clients, one)
+    return Desk(servers, parties.mode, public=public.derive("desk"), axis=join_axis(recipe, shape))
+
+
+def optimizer(recipe: Recipe, *stages: nn.Module) -> torch.optim.Optimizer | None:
+    """The recipe's optimizer of all that the stages can learn; None if that is nothing."""
+    parameters = [parameter for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
+    if not parameters:
+        return None
+    training = recipe.training
+    if training.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+
+
+def _raw(recipe: Recipe) -> tuple[RawRecords, RawRecords | None]:
+    data = recipe.data
+    ids = data.ids
+    train = load(name=data.name, path=_path(data.path), hub=data.hub, sensitive=data.sensitive, ids=ids)
+    test = None
+    if data.test_path is not None:
+        test = load(path=_path(data.test_path), sensitive=data.sensitive, ids=ids)
+    elif data.test_split is not None:
+        test = load(hub=data.hub, split=data.test_split, sensitive=data.sensitive, ids=ids)
+    return train, test
+
+
+def _deal(recipe: Recipe, raw: tuple[RawRecords, RawRecords | None], own: str | None) -> Deal:
+    data = recipe.data
+    vertical = recipe.parties.is_vertical
+    clients: tuple[str, ...] = recipe.parties.clients[:1] if vertical else recipe.parties.clients
+    records = deal(
+        *raw,
+        clients=(own,) if own is not None else clients,
+        train_records=data.train_records,
+        test_records=data.test_records,
+        auxiliary_share=recipe.attacker.auxiliary_share,
+        validation_share=recipe.attacker.validation_share,
+        test_share=data.test_share,
+        source=public_source(recipe.seed).derive("deal"),
+    )
+    if vertical and own is None:
+        part, indices = records.train[clients[0]], records.train_indices[clients[0]]
+        names = recipe.parties.clients
+        records = replace(records, train=dict.fromkeys(names, part), train_indices=dict.fromkeys(names, indices))
+    return records
+
+
+def _guards(recipe: Recipe, records: int, classes: int, private: Source) -> Guards:
+    section = recipe.client
+    ledger = None if section.most_releases is None else ReleaseLedger(records, section.most_releases)
+    leakage = None if section.leakage is None else LeakageGuard(section.leakage.limit, section.leakage.window)
+    return Guards(_hijack_guard(recipe, records, classes, private), ledger, leakage)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _output(stage: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    with in_mode(stage, training=False), torch.no_grad():
+        try:
+            return tuple(stage(torch.zeros(1, *shape)).shape[1:])
+        except RuntimeError as error:
+            words = (str(error).strip() or "it fails").splitlines()[0]
+            raise CutError(f"the network's stage fails on a record of shape {tuple(shape)}: {words}") from None
+
+
+def _joined(cuts: Sequence[tuple[int, ...]], axis: int) -> tuple[int, ...] | None:
+    axis = axis if all(len(shape) >= axis for shape in cuts) else 1
+    try:
+        return tuple(torch.cat([torch.zeros(1, *shape) for shape in cuts], dim=axis).shape[1:])
+    except RuntimeError:
+        return None
+
+
+def _check_batches(recipe: Recipe, records: int, coupled: list[str]) -> None:
+    """Refuse what would fail on the way: no batch at all, or a last one too short for a penalty."""
+    size, rest = recipe.training.batch_size, records % recipe.training.batch_size
+    if recipe.training.micro_batches > 1 and coupled:
+        raise CutError(
+            f"BatchNorm ({coupled[0]}) takes its statistics over a whole batch, so pieces of it would train another "
+            "network: set training.micro_batches = 1, or use nn.GroupNorm"
+        )
+    if recipe.training.drop_last_batch:
+        if records < size:
+            raise DataError(f"{records} training records make no batch of {size}; lower training.batch_size")
+    elif recipe.defense.nopeek is not None and 0 < rest < SMALLEST_PENALIZED_BATCH:
+        raise DataError(
+            f"the last batch has {rest} records; NoPeek's penalty needs at least {SMALLEST_PENALIZED_BATCH}: "
+            "set training.drop_last_batch = true, or another batch_size"
+        )
+    elif rest == 1 and coupled:
+        raise DataError(
+            f"the last batch has one record, and BatchNorm ({coupled[0]}) needs two: "
+            "set training.drop_last_batch = true, or another batch_size"
+        )
+
+
+def _hijack_guard(recipe: Recipe, records: int, classes: int, private: Source) -> HijackGuard | None:
+    """The client's guard, or None. Raises DataError where it could not do its work in so few batches."""
+    settings = recipe.guard.hijack
+    if settings is None:
+        return None
+    guard = HijackGuard(private.derive("guard"), classes, **settings.model_dump())
+    size, training = recipe.training.batch_size, recipe.training
+    batches = records // size if training.drop_last_batch else -(-records // size)
+    if batches < 2:
+        raise DataError("guard.hijack needs at least 2 batches an epoch: one may be mislabeled; lower batch_size")
+    if batches * training.epochs < guard.steps_to_judge:
+        raise DataError(
+            f"guard.hijack judges the server after {guard.steps_to_judge} batches, and {training.epochs} epochs have "
+            f"{batches * training.epochs}: lower its warm_up, or raise its fake_share or training.epochs"
+        )
+    return guard
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
