@@ -222,6 +222,141 @@ def report(
     print(page)
 
 
+Tls = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="This party's certificates: rootCA.pem, and server (or client) .crt and .key."),
+]
+PlainText = Annotated[bool, typer.Option("--plaintext", help="No encryption, no names checked: on loopback alone.")]
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they go, a folder for each party.")],
+    server: Annotated[str, typer.Option(metavar="HOST", help="The name under which clients reach the server.")],
+    client: Annotated[list[str], typer.Option(metavar="NAME", help="A client; repeatable.")],
+    days: Annotated[int, typer.Option(help="How long they hold.")] = 365,
+) -> None:
+    """Make a private certificate authority and a certificate for each party, for trials."""
+    from milkglass.certificates import certs as make
+
+    for line in make(folder, server, client, days=days):
+        print(line)
+
+
+@app.command()
+def serve(
+    recipe: RecipePath,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where clients dial in; port 0: a free one.")],
+    tls: Tls = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The server's folder; default runs/<recipe>-server.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's private key; default: made.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    metrics: Annotated[int | None, typer.Option(metavar="PORT", help="Prometheus metrics at 127.0.0.1:PORT.")] = None,
+    plaintext: PlainText = False,
+) -> None:
+    """Be the server of a training between machines: wait for the recipe's clients, and train with them."""
+    from milkglass.logs import party_log
+    from milkglass.recipe import load_recipe
+    from milkglass.training.serve import serve as serve_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    log = party_log(loaded.parties.server)
+    credentials = _credentials("server", tls, plaintext, listen)
+    watch = None
+    if metrics is not None:
+        from milkglass.metrics import PrometheusWatch
+
+        watch = PrometheusWatch(metrics)
+        log("metrics", address=f"http://127.0.0.1:{watch.port}/metrics")
+    summary = serve_recipe(
+        loaded,
+        listen,
+        credentials,
+        out or Path("runs") / f"{recipe.stem}-server",
+        key=key,
+        resume=resume,
+        log=log,
+        watch=watch,
+        ready=lambda port: log("ready", port=port),
+    )
+    print(f"{summary['party']}: trained with {', '.join(summary['clients'])}; {summary['messages']:,} messages")
+
+
+@app.command()
+def join(
+    recipe: RecipePath,
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")],
+    tls: Tls = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Which client; default: the certificate's.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The client's folder; default runs/<recipe>-<name>.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key; default: made.")] = None,
+    shared_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With several clients: the key that they share, not the server.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    plaintext: PlainText = False,
+) -> None:
+    """Be a client of a training between machines: dial out to the server, and train with one's own records."""
+    from milkglass.errors import RecipeError
+    from milkglass.logs import party_log
+    from milkglass.progress import TrainingProgress
+    from milkglass.recipe import load_recipe
+    from milkglass.training.join import join as join_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    credentials = _credentials("client", tls, plaintext, server)
+    name = name or (credentials.name if credentials is not None else None)
+    if name is None:
+        raise RecipeError("--name NAME: expected, where no certificate says who this client is")
+    if credentials is not None and credentials.name != name:
+        raise RecipeError(f"--name {name}: the certificate is {credentials.name}'s; a party has its certificate's name")
+    out = out or Path("runs") / f"{recipe.stem}-{name}"
+    with TrainingProgress(loaded.training.epochs) as progress:
+        summary = join_recipe(
+            loaded,
+            name,
+            server,
+            credentials,
+            out,
+            key=key,
+            shared_key=shared_key,
+            resume=resume,
+            progress=progress,
+            log=party_log(name),
+        )
+    for caution in summary["cautions"]:
+        _say(f"milkglass: note: {caution}")
+    print(
+        f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, "
+        f"{summary['bytes_sent']:,} bytes sent, {summary['bytes_received']:,} received in "
+        f"{summary['messages']:,} messages; {summary['keys']}"
+    )
+
+
+def _credentials(role: Any, tls: Path | None, plaintext: bool, address: str) -> Any:
+    """The party's certificate and key; None for plain text, which is refused anywhere but on loopback."""
+    from milkglass.certificates import load_credentials
+    from milkglass.errors import LinkError
+
+    host = address.rpartition(":")[0]
+    if plaintext:
+        if tls is not None or host not in ("localhost", "127.0.0.1", "[::1]"):
+            raise LinkError(f"--plaintext with {address}: only on loopback (127.0.0.1), and without --tls")
+        return None
+    if tls is None:
+        raise LinkError("--tls DIR: expected a folder of certificates; `milkglass certs` makes some for trials")
+    credentials = load_credentials(tls, role)
+    for caution in credentials.cautions:
+        _say(f"milkglass: warning: {caution}")
+    return credentials
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends in one line on the error stream and exit code 2."""
     sys.path.append(str(Path.cwd()))  # a recipe may name a network of the user's own, `package.module:function`

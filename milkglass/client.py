@@ -28,7 +28,7 @@ from milkglass.parties import Party, run_to_end
 from milkglass.randomness import Source
 from milkglass.transports.base import Transport
 
-LeftKind = Literal["enters", "weights", "collect", "hashes"]
+LeftKind = Literal["enters", "weights", "collect", "hashes", "goodbye"]
 
 
 @dataclass(frozen=True)
@@ -245,27 +245,30 @@ class Client(Party):
         return z
 
     def _send_batch(self, batch: _Batch) -> None:
-        """The forward pass, and all pieces on their way: each as soon as it is there, where no defense needs all."""
-        at_once = batch.pieces == 1 or bool(self.defenses) or self.guards.leakage is not None
+        """The forward pass, and all pieces on their way: each as soon as it is there, where nothing needs all.
+
+        A defense needs the whole batch: noise follows from the activations' very bits, a penalty from all records.
+        """
         parts = [batch.x] if batch.pieces == 1 else batch.x.tensor_split(batch.pieces)
-        if at_once:
-            outputs = [self._forward(part, training=True) for part in parts]
-            z = outputs[0] if batch.pieces == 1 else torch.cat(outputs)
+        if batch.pieces == 1 or self.defenses:
+            z = self._forward(batch.x, training=True)
             for defense in self.defenses:
                 z = defense.release(z, self.noise)
             batch.penalty = self.penalty(batch.x, z)
-            if self.guards.leakage is not None:
-                self.guards.leakage.observe(self.steps, batch.x, z.detach())
             batch.outputs = [z]
-            sent = [z] if batch.pieces == 1 else list(z.tensor_split(batch.pieces))
+            batch.sent = [z] if batch.pieces == 1 else list(z.tensor_split(batch.pieces))
+        elif self.guards.leakage is not None:
+            batch.outputs = batch.sent = [self._forward(part, training=True) for part in parts]
+        if self.guards.leakage is not None:
+            self.guards.leakage.observe(self.steps, batch.x, torch.cat([z.detach() for z in batch.sent]))
         for number, part in enumerate(parts):
-            if not at_once:
-                batch.outputs.append(self._forward(part, training=True))
-            tensors = {"activations": (sent[number] if at_once else batch.outputs[-1]).detach()}
+            if number == len(batch.sent):
+                batch.sent.append(self._forward(part, training=True))
+            tensors = {"activations": batch.sent[number].detach()}
             if self._sends_labels and batch.y_B is not None:
                 tensors["labels"] = batch.labels(number)
             self._send("activations", part, tensors, number, batch.pieces)
-        batch.sent = list(batch.outputs) if not at_once else sent
+        batch.outputs = batch.outputs or batch.sent
 
     def _answer_features(self, batch: _Batch) -> Generator[None, None, None]:
         """U-shaped: the head's forward and backward pass on what the server made of each piece; its gradient back."""
@@ -282,7 +285,7 @@ class Client(Party):
             logits_BK = self._run(self.head, features.clone(), training=True)
             y_B = batch.labels(number)
             loss = F.cross_entropy(logits_BK, y_B)
-            batch.count(self._finite_loss(float(loss)), int((logits_BK.detach().argmax(dim=1) == y_B).sum()))
+            batch.count(self._finite_loss(loss.item()), int((logits_BK.detach().argmax(dim=1) == y_B).sum()))
             (loss / batch.pieces if batch.pieces > 1 else loss).backward()  # type: ignore[no-untyped-call]
             gradient = {"gradient": cast(Tensor, features.grad)}
             self._send("returns", part, gradient, number, batch.pieces)

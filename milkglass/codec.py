@@ -3,7 +3,7 @@
 A frame, little-endian, version 2:
 
     magic "MGLS" | version u8 | kind u8 | tensors u8 | party length u8 | run u64 | step u64 | piece u16 | pieces u16 |
-        4 zeros | frame bytes u64 | XXH3-64 u64
+        number u32 | frame bytes u64 | XXH3-64 u64
     party in UTF-8
     per tensor: name length u8 | dtype u8 | dimensions u8 | name in UTF-8 | sizes u64 ...
     per tensor: zeros up to a multiple of 64, then its raw values
@@ -83,6 +83,7 @@ class Header:
     step: int
     piece: int
     pieces: int
+    number: int
     run: int
     frame_bytes: int
 
@@ -163,13 +164,13 @@ def encode(message: Message, run: int = 0) -> bytes:
         parts += (_ZEROS[-total % _ALIGNMENT], values)
         total = _aligned(total) + values.nbytes
     kind = _KIND_CODES[message.kind]
-    about = (run, message.step, message.piece, message.pieces)
+    about = (run, message.step, message.piece, message.pieces, message.number)
     try:
-        fixed = _FIXED.pack(_MAGIC, VERSION, kind, len(heads), len(party), *about, 0, total, 0)[:_CHECKED_FIRST]
+        fixed = _FIXED.pack(_MAGIC, VERSION, kind, len(heads), len(party), *about, total, 0)[:_CHECKED_FIRST]
     except struct.error:
         raise MessageError(
-            f"message {message.kind!r}: run {run}, step {message.step}, piece {message.piece} of {message.pieces}; "
-            "at most 64 bits, 64 bits and 16 bits travel"
+            f"message {message.kind!r}: run {run}, step {message.step}, piece {message.piece} of {message.pieces}, "
+            f"number {message.number}; at most 64, 64, 16 and 32 bits travel"
         ) from None
     checksum = xxh3_64(fixed)
     for part in parts:
@@ -185,7 +186,7 @@ def decode(frame: Frame, limits: Limits | None = None, run: int | None = None) -
     only where the frame's address is no multiple of 16: torch's kernels would give other last bits there.
     """
     view = memoryview(frame).cast("B")
-    _, _, kind, count, party_length, its_run, step, piece, pieces, _, total, checksum = _fixed(view)
+    _, _, kind, count, party_length, its_run, step, piece, pieces, number, total, checksum = _fixed(view)
     if total != len(view):
         raise MessageError(f"frame of {len(view)} bytes says that it has {total}: truncated, or two frames in one")
     if limits is not None and total > limits.frame_bytes:
@@ -208,13 +209,13 @@ def decode(frame: Frame, limits: Limits | None = None, run: int | None = None) -
         _check_agreed(limits, name, party, heads)
     offsets = _offsets(view, heads, offset)
     tensors = {head[0]: _tensor(view, head, offset) for head, offset in zip(heads, offsets, strict=True)}
-    return Message(name, party, step, tensors, piece, pieces)
+    return Message(name, party, step, tensors, piece, pieces, number)
 
 
 def peek_header(frame: Frame) -> Header:
     """What a frame, or the beginning of one, says about itself, for logs and journals: neither checked nor agreed."""
     view = memoryview(frame).cast("B")
-    _, _, kind, _, party_length, run, step, piece, pieces, _, total, _ = _fixed(view)
+    _, _, kind, _, party_length, run, step, piece, pieces, number, total, _ = _fixed(view)
     end = _FIXED.size + party_length
     if len(view) < end:
         raise MessageError(f"frame of {len(view)} bytes: truncated; its header alone has {end}")
@@ -222,7 +223,7 @@ def peek_header(frame: Frame) -> Header:
         party = str(view[_FIXED.size : end], "utf-8")
     except UnicodeDecodeError as error:
         raise MessageError(f"frame is malformed: a name is not UTF-8: {error}") from None
-    return Header(_kind(kind), party, step, piece, pieces, run, total)
+    return Header(_kind(kind), party, step, piece, pieces, number, run, total)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> str:
@@ -287,8 +288,6 @@ def _fixed(view: memoryview) -> tuple[Any, ...]:
         raise MessageError(f"frame starts with {fields[0]!r}; expected {_MAGIC!r}: not a milkglass frame")
     if fields[1] != VERSION:
         raise MessageError(f"frame of version {fields[1]}; this milkglass speaks version {VERSION}")
-    if fields[9]:
-        raise MessageError("frame is malformed: its reserved bytes are not 0")
     return fields
 
 

@@ -109,25 +109,33 @@ def deal(
     )
 
 
-def owners_part(x: Tensor, owner: int, owners: int, axis: int | None = None) -> Tensor:
+def owners_part(
+    x: Tensor, owner: int, owners: int, axis: int | None = None, parts: Sequence[int] | None = None
+) -> Tensor:
     """What owner number `owner`, from 0, of `owners` holds of records (N, ...), where one file rehearses several.
 
-    A run of the columns of a table (axis 1), of the rows of pictures (axis 2; 3 for their columns): the first owners
-    have one more where they cannot all have as many. A category's one-hot columns may lie with two owners.
+    A run of the columns of a table (axis 1), of the rows of pictures (axis 2; 3 for their columns). parts: how many
+    each owner has; by default the first have one more where they cannot all have as many. A category's one-hot columns
+    may lie with two owners.
 
-    Raises DataError where there is not one for each owner.
+    Raises DataError where there is not one for each owner, or `parts` does not come to all of them.
     """
     axis = (2 if x.dim() == 4 else 1) if axis is None else axis
     if not 1 <= axis < x.dim():
         raise DataError(f"records of shape {tuple(x.shape[1:])}: no axis {axis}; expected 1 to {x.dim() - 1}")
     if not 0 <= owner < owners:
         raise DataError(f"owner {owner} of {owners}: no such owner; they count from 0")
-    if x.shape[axis] < owners:
+    size = x.shape[axis]
+    if size < owners:
         raise DataError(
-            f"records of shape {tuple(x.shape[1:])}: {x.shape[axis]} columns along axis {axis} for {owners} owners; "
+            f"records of shape {tuple(x.shape[1:])}: {size} columns along axis {axis} for {owners} owners; "
             "expected at least one for each"
         )
-    return x.tensor_split(owners, dim=axis)[owner].clone(memory_format=torch.contiguous_format)
+    if parts is None:
+        return x.tensor_split(owners, dim=axis)[owner].clone(memory_format=torch.contiguous_format)
+    if sum(parts) != size or len(parts) != owners:
+        raise DataError(f"owners' parts {list(parts)} come to {sum(parts)}; records have {size} along axis {axis}")
+    return x.narrow(axis, sum(parts[:owner]), parts[owner]).clone(memory_format=torch.contiguous_format)
 
 
 # Dealing: checks and scales.

@@ -71,17 +71,33 @@ class Desk:
         self._turn: str | None = None
         self._turns_done = 0
         self._waiting: dict[str, deque[Message]] = {client: deque() for client in self.clients}
-        self._hashes: dict[str, Tensor] = {}
+        self._matching: dict[str, Message] = {}
+        self._gone: set[str] = set()
 
     @property
     def resting(self) -> bool:
         """Whether no training step is half done: then `state` is all that must be kept, beside `held`."""
         return all(server.resting for server in self.servers.values())
 
+    @property
+    def finished(self) -> bool:
+        """Whether every client has said goodbye."""
+        return len(self._gone) == len(self.clients)
+
+    def awaited(self) -> list[str]:
+        """Those for whom an answer that is due to another client waits."""
+        if self._collecting:
+            return [client for client in self.clients if (self._round, client) not in self._left][:1]
+        if self.mode == "vertical":
+            return [client for client in self.clients if not self._waiting[client]]
+        if len(self._batches) < len(self.clients):
+            return [client for client in self.clients if client not in self._batches]
+        return [] if self._turn is None else [self._turn]
+
     def held(self) -> list[Message]:
         """Messages that were taken and have had no effect so far, because others must come first."""
         waiting = [message for messages in self._waiting.values() for message in messages]
-        return waiting + list(self._collecting.values())
+        return [*waiting, *self._collecting.values(), *self._matching.values()]
 
     def receive(self, message: Message) -> list[Addressed]:
         """Take a message of one client; the answers that are now due, to whom they may be.
@@ -100,6 +116,9 @@ class Desk:
             return self._match(message)
         if message.kind == "enters":
             return self._enter(message)
+        if message.kind == "goodbye":
+            self._gone.add(message.party)
+            return [(message.party, Message("receipt", self._name, message.step))]
         if self.mode == "vertical" and not self._alone:
             self._waiting[message.party].append(message)
             return list(self._joint())
@@ -163,7 +182,9 @@ class Desk:
 
     def _join(self, messages: Sequence[Message]) -> list[Addressed]:
         first = messages[0]
-        what = {(m.kind, m.step, m.piece, m.pieces, len(m.tensors.get("activations", ()))) for m in messages}
+        if any("activations" not in m.tensors or not m.tensors["activations"].dim() for m in messages):
+            raise MessageError(f"{first.kind!r} of {' or '.join(self.clients)}: expected activations")
+        what = {(m.kind, m.step, m.piece, m.pieces, len(m.tensors["activations"])) for m in messages}
         if len(what) > 1 or first.kind not in ("activations", "queries"):
             told = "; ".join(f"{m.party}: {m.kind!r} of step {m.step}, piece {m.piece}" for m in messages)
             raise MessageError(f"the owners do not send the same batch: {told}")
@@ -205,9 +226,11 @@ class Desk:
         place = (message.step, message.party)
         if sealed is None or sealed.dtype != torch.uint8 or len(message.tensors) != 1 or sealed.dim() != 1:
             raise MessageError(f"'weights' of {message.party}: expected sealed bytes and nothing else")
-        if message.step != self._round or place in self._left:
+        if message.step != self._round:
             raise MessageError(f"'weights' of {message.party}: of epoch {message.step}, expected {self._round}")
         self._check_turn(message)
+        if self.mode != "splitfed2" and not self.servers[message.party].resting:
+            raise MessageError(f"'weights' of {message.party}: a training step of its is half done")
         if self.mode == "splitfed2" and (self._waiting[message.party] or message.party in self._order_left()):
             raise MessageError(f"'weights' of {message.party}: it still has batches in epoch {message.step}")
         self._left[place] = sealed.clone()
@@ -245,7 +268,7 @@ class Desk:
             names = [self.clients[int(index)] for index in message.tensors["of"]]
             if all((message.step, name) in self._left for name in names):
                 del self._collecting[party]
-                tensors = {name: self._left[message.step, name] for name in names}
+                tensors = {str(place): self._left[message.step, name] for place, name in enumerate(names)}
                 answers.append((party, Message("handed", self._name, message.step, tensors)))
         return answers
 
@@ -253,11 +276,11 @@ class Desk:
         hashes = message.tensors.get("hashes")
         if self.mode != "vertical" or hashes is None or hashes.dtype != torch.uint8 or hashes.dim() != 2:
             raise MessageError(f"'hashes' of {message.party}: not expected here, or not bytes")
-        self._hashes[message.party] = hashes.clone()
-        if len(self._hashes) < len(self.clients):
+        self._matching[message.party] = message
+        if len(self._matching) < len(self.clients):
             return []
-        match({client: self._hashes[client].numpy() for client in self.clients})
-        self._hashes = {}
+        match({client: self._matching[client].tensors["hashes"].numpy() for client in self.clients})
+        self._matching = {}
         return [(client, Message("receipt", self._name, 0)) for client in self.clients]
 
     # Checkpoints.
@@ -268,6 +291,7 @@ class Desk:
             "round": torch.tensor(self._round),
             "trained": torch.tensor([self._trained[client] for client in self.clients]),
             "turns_done": torch.tensor(self._turns_done),
+            "gone": torch.tensor([client in self._gone for client in self.clients]),
             "batches": torch.tensor([self._batches.get(client, 0) for client in self.clients]),
         }
         for index, server in enumerate(self._different()):
@@ -275,7 +299,6 @@ class Desk:
         if self._asked is not None:
             state |= {f"asked.{name}": tensor for name, tensor in self._asked.weights().items()}
         state |= {f"left.{round_}.{self.clients.index(name)}": t for (round_, name), t in self._left.items()}
-        state |= {f"hashes.{self.clients.index(name)}": t for name, t in self._hashes.items()}
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -283,6 +306,7 @@ class Desk:
         self._round, self._turns_done = int(state["round"]), int(state["turns_done"])
         self._trained = dict(zip(self.clients, state["trained"].tolist(), strict=True))
         self._batches = {c: n for c, n in zip(self.clients, state["batches"].tolist(), strict=True) if n}
+        self._gone = {client for client, gone in zip(self.clients, state["gone"].tolist(), strict=True) if gone}
         for index, server in enumerate(self._different()):
             server.load_state(_below(f"server{index}.", state))
         asked = _below("asked.", state)
@@ -293,7 +317,6 @@ class Desk:
         for name, tensor in _below("left.", state).items():
             round_, number = name.split(".")
             self._left[int(round_), self.clients[int(number)]] = tensor
-        self._hashes = {self.clients[int(index)]: t for index, t in _below("hashes.", state).items()}
         self._order, self._turn = self._turns(), None
         for _ in range(self._turns_done):
             next(self._order)

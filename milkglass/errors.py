@@ -7,6 +7,7 @@ MilkglassError                 one clear line: what, where, what was expected; e
 ├── MessageError               a frame that is truncated, forged, or not what was agreed
 ├── EgressError                a client was about to send what nobody agreed to
 ├── HijackError                a client judged its server hostile and stopped
+├── LinkError                  another party that cannot be reached, does not answer, or refuses
 ├── RunError                   a run folder that exists, is half-written, or is another recipe's
 ├── CertificateError           a party's certificate or key that is missing, expired, or another's
 ├── AuditError                 a view or an attack that cannot be audited
@@ -46,6 +47,10 @@ class EgressError(MilkglassError):
 
 class HijackError(MilkglassError):
     """A client's guard judged its server hostile: it stopped sending and kept its checkpoint."""
+
+
+class LinkError(MilkglassError):
+    """The other party cannot be reached, does not answer, or refuses this one."""
 
 
 class RunError(MilkglassError):

@@ -23,9 +23,11 @@ Kind = Literal[
     "handed",
     "enters",
     "hashes",
+    "goodbye",
     "receipt",
     "hello",
     "welcome",
+    "waits",
 ]
 """
 activations  client -> server  the cut's activations of a training batch; the labels where the server holds the loss
@@ -40,10 +42,13 @@ handed       server -> client  that, still sealed
 enters       client -> server  where there are several: how many training batches it has in an epoch
 hashes       client -> server  vertical training: its records' ids, hashed under a key that the server lacks
 receipt      server -> client  what was left there was taken
-hello        client -> server  the handshake: the agreed part of its recipe, and its step
+goodbye      client -> server  its training is over
+hello        client -> server  the handshake: the agreed part of its recipe
 welcome      server -> client  the answer
+waits        server -> client  a heartbeat: the answer is still to come, and for whom it waits
 """
 KINDS: tuple[str, ...] = get_args(Kind)
+"""The position is the code on the wire: add at the end only."""
 
 Direction = Literal["to server", "to client"]
 
@@ -52,7 +57,8 @@ Direction = Literal["to server", "to client"]
 class Message:
     """Named tensors from one party at one step. Tensors are detached: a message carries values, never a graph.
 
-    piece, pieces: a batch may go out in pieces that follow each other; this is the one of that number, from 0.
+    piece, pieces: a batch may go out in pieces that follow each other; this is the one of that number, from 0. number:
+    counts a client's messages on their way; an answer has that of what it answers. Transports set it.
     """
 
     kind: Kind
@@ -61,6 +67,7 @@ class Message:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     piece: int = 0
     pieces: int = 1
+    number: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

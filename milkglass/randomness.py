@@ -102,9 +102,14 @@ def read_key(path: Path) -> Source:
 def write_key(path: Path) -> Source:
     """Make a new private key at `path`, readable by its owner alone; an existing file is never replaced."""
     key = os.urandom(KEY_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key)
+        os.link(beside, path)  # whole or not at all, and never over a file that is there
+    finally:
+        beside.unlink()
     return Source(key)
 
 

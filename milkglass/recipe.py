@@ -192,6 +192,12 @@ class Vertical(Section):
         description="Along which dimension of a record the owners' parts lie: 1 columns or channels, 2 height, 3 width;"
         " activations are joined along it too, where they have it. Default: 1 for tables, 2 for pictures.",
     )
+    parts: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="How many columns (or rows of pictures) each owner has, in the owners' order. Default: as even as "
+        "can be.",
+        strict=False,
+    )
     owner_settings: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings of the network's factory for an owner's stage, over `network.settings`, where the parts "
@@ -227,6 +233,9 @@ class Parties(Section):
             raise ValueError(f"{', '.join((*self.clients, self.server))}: every party needs a name of its own")
         if self.is_vertical and len(self.clients) < 2:
             raise ValueError("mode vertical needs two clients or more: each owns a part of every record")
+        parts = self.vertical.parts
+        if parts is not None and len(parts) != len(self.clients):
+            raise ValueError(f"vertical.parts has {len(parts)} numbers for {len(self.clients)} owners")
         return self
 
 

@@ -35,9 +35,12 @@ _VERSIONED = ("milkglass", "torch", "numpy", "scipy", "scikit-learn")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The newest complete epoch: each party's tensors by its name, and the run's progress so far."""
+    """What a run goes on from: each party's tensors by its name, and the run's progress so far.
 
-    epoch: int
+    number: counts up; of the epoch, or between machines of the messages so far.
+    """
+
+    number: int
     parties: Mapping[str, Mapping[str, Tensor]]
     progress: Mapping[str, Any]
 
@@ -182,31 +185,37 @@ class RunFolder:
             raise RunError(f"{self.path / name}: damaged, not a safetensors file: {error}") from None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Keep an epoch, then forget the one before."""
-        name = f"checkpoint/{checkpoint.epoch:04d}"
+        """Keep a checkpoint, then forget the one before."""
+        name = f"checkpoint/{checkpoint.number:04d}"
         for party, tensors in checkpoint.parties.items():
             self.write_tensors(f"{name}/{party}.safetensors", tensors)
-        self.write_json(f"{name}/progress.json", checkpoint.progress)  # last: its presence makes the epoch complete
+        self.write_json(
+            f"{name}/progress.json", checkpoint.progress
+        )  # last: its presence makes the checkpoint complete
         for older in (self.path / "checkpoint").iterdir():
-            if older.is_dir() and older.name != f"{checkpoint.epoch:04d}":
+            if older.is_dir() and older.name != f"{checkpoint.number:04d}":
                 shutil.rmtree(older, ignore_errors=True)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest complete epoch, or None if no epoch was finished."""
-        complete = sorted((self.path / "checkpoint").glob("*/progress.json"))
+        """The newest complete one, or None if there is none."""
+        complete = [file.parent for file in (self.path / "checkpoint").glob("*/progress.json")]
         if not complete:
             return None
-        name = complete[-1].parent.relative_to(self.path)
-        files = sorted((self.path / name).glob("*.safetensors"))
+        strange = [folder.name for folder in complete if not folder.name.isdecimal()]
+        if strange:
+            raise RunError(
+                f"run folder {self.path}: checkpoint/{strange[0]} is not a checkpoint; expected a number such as 0007"
+            )
+        newest = max(complete, key=lambda folder: int(folder.name))
+        name = newest.relative_to(self.path)
+        files = sorted(newest.glob("*.safetensors"))
         parties = {file.name.removesuffix(".safetensors"): self.read_tensors(f"{name}/{file.name}") for file in files}
-        if not name.name.isdecimal():
-            raise RunError(f"run folder {self.path}: {name} is not a checkpoint; expected a number such as 0007")
-        return Checkpoint(int(name.name), parties, self.read_json(f"{name}/progress.json"))
+        return Checkpoint(int(newest.name), parties, self.read_json(f"{name}/progress.json"))
 
 
 def _files_in(path: Path) -> bool:
-    """Whether a folder holds anything but what a stopped write left."""
-    return any(not file.name.endswith(".partial") for file in path.iterdir())
+    """Whether a folder holds anything but what a stopped start left."""
+    return any(not file.name.endswith(".partial") and file.name != "records.sha256" for file in path.iterdir())
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:

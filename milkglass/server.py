@@ -53,7 +53,7 @@ class Server(Party):
         self._agreed = None if cut_shape is None else (torch.Size(cut_shape), torch.float32)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}  # U-shaped: piece -> activations, features with their graph
         self._begun = self._ended = 0  # pieces of the training batch that is under way
-        self._pieces = 1
+        self._under_way = (0, 1)  # its step, and its pieces
 
     @property
     def resting(self) -> bool:
@@ -63,7 +63,9 @@ class Server(Party):
     def snapshot(self) -> Server:
         """A server that answers queries as this one would now, and never learns."""
         stage = copy.deepcopy(self.stage)
-        return Server(stage, None, loss=self._loss, name=self.name, source=self.source)
+        copied = Server(stage, None, loss=self._loss, name=self.name, source=self.source)
+        copied._agreed = self._agreed
+        return copied
 
     def reply(self, message: Message) -> Message:
         """Answer one message of a client: a training step, its second half, or predictions."""
@@ -133,8 +135,11 @@ class Server(Party):
 
     def _finish(self, message: Message) -> Message:
         """U-shaped: the backward pass of a piece, from the gradient at its features."""
-        if message.piece not in self._open:
-            raise MessageError(f"'returns' of {message.party}: no features of step {message.step} are out")
+        if message.piece not in self._open or (message.step, message.pieces) != self._under_way:
+            raise MessageError(
+                f"'returns' of {message.party}: no features of step {message.step}, piece {message.piece} of "
+                f"{message.pieces}, are out"
+            )
         z, features = self._open[message.piece]
         gradient = message.tensors.get("gradient")
         if gradient is None or (gradient.shape, gradient.dtype) != (features.shape, features.dtype):
@@ -168,12 +173,14 @@ class Server(Party):
 
     def _check_piece(self, message: Message) -> None:
         """Raise MessageError unless this piece of a training batch is the next one."""
-        if message.piece != self._begun or (message.piece > 0 and message.pieces != self._pieces):
+        found = (message.step, message.pieces)
+        if message.piece != self._begun or (self._begun and found != self._under_way):
+            step, pieces = self._under_way
             raise MessageError(
                 f"step {message.step} of {message.party}: piece {message.piece} of {message.pieces}; "
-                f"expected piece {self._begun}" + (f" of {self._pieces}" if self._begun else "")
+                f"expected piece {self._begun}" + (f" of {pieces}, of step {step}" if self._begun else "")
             )
-        self._pieces = message.pieces
+        self._under_way = found
 
     def _begin_piece(self) -> None:
         """The first piece of a step clears the gradients."""

@@ -97,7 +97,6 @@ ERRORS = (
     "; expected activations, collect",
     "known are 0 to",
     "longer than the frame",
-    "reserved bytes are not 0",
     "were agreed",
     "other than zeros",
     "is cut off",

@@ -28,7 +28,9 @@ class NoiseStream:
 
     def gaussian_like(self, z: Tensor, purpose: str) -> Tensor:
         """Fresh standard normal numbers in the shape and dtype of `z`; `purpose` names what they are for."""
-        content = hashlib.sha256(z.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        content = hashlib.sha256(
+            z.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().data
+        ).hexdigest()
         bound = self._source.derive(self.block, purpose, z.dtype, tuple(z.shape), content)
         self.block += 1
         return bound.gaussian(z.shape, 0, z.dtype)

@@ -187,9 +187,11 @@ def _taking(seat: Seat, epoch: int, of: Sequence[int]) -> Generator[None, None, 
     yield
     answer = seat.client.take("handed", epoch)
     names = [seat.recipe.parties.clients[index] for index in of]
-    if set(answer.tensors) != set(names):
-        raise MessageError(f"expected the weights of {', '.join(names)}; the server sent {', '.join(answer.tensors)}")
-    opened = [unseal(answer.tensors[name], seat.shared, name, epoch) for name in names]
+    if list(answer.tensors) != [str(place) for place in range(len(names))]:
+        raise MessageError(f"expected the weights of {', '.join(names)}; the server sent {len(answer.tensors)} of them")
+    opened = [
+        unseal(sealed, seat.shared, name, epoch) for name, sealed in zip(names, answer.tensors.values(), strict=True)
+    ]
     try:
         counts = [float(weights.pop("records")) for weights in opened]
         # what only the optimizer remembers stays with its own client, but in a relay

@@ -109,8 +109,10 @@ def share_of(recipe: Recipe, records: Deal, name: str, hashes: torch.Tensor | No
     if recipe.parties.is_vertical:
         if recipe.client.own_records:
             return Share(train, test, hashes)
-        axis = recipe.parties.vertical.axis
-        train, test = (replace(part, x=owners_part(part.x, index, count, axis)) for part in (train, test))
+        way = recipe.parties.vertical
+        train, test = (
+            replace(part, x=owners_part(part.x, index, count, way.axis, way.parts)) for part in (train, test)
+        )
         return Share(train, test, hashes)
     if count > 1 and not recipe.client.own_records:
         test = test.take(torch.arange(len(test)).tensor_split(count)[index])
@@ -136,9 +138,9 @@ def owner_shapes(recipe: Recipe, shape: Sequence[int]) -> dict[str, tuple[int, .
     clients = recipe.parties.clients
     if not recipe.parties.is_vertical:
         return dict.fromkeys(clients, tuple(shape))
-    axis = recipe.parties.vertical.axis
-    example = torch.zeros(1, *shape)
-    return {name: tuple(owners_part(example, i, len(clients), axis).shape[1:]) for i, name in enumerate(clients)}
+    way, example = recipe.parties.vertical, torch.zeros(1, *shape)
+    parts = [owners_part(example, i, len(clients), way.axis, way.parts) for i in range(len(clients))]
+    return {name: tuple(part.shape[1:]) for name, part in zip(clients, parts, strict=True)}
 
 
 def crossing_shapes(recipe: Recipe, shape: Sequence[int], classes: int) -> Shapes:
@@ -199,7 +201,8 @@ def make_client(
     own = network_parts(recipe, shape, classes, private, owner=owner)
     public = network_parts(recipe, shape, classes, public_source(recipe.seed), owner=owner)
     cautions = check_stages(own.bottom, public.middle)
-    _check_batches(recipe, len(share.train), coupled=[*couples_records(own.bottom), *couples_records(public.middle)])
+    held = [part for part in (own.bottom, public.middle, own.head) if part is not None]
+    _check_batches(recipe, len(share.train), coupled=[name for part in held for name in couples_records(part)])
     pairs = list(zip(own.bottom.parameters(), public.bottom.parameters(), strict=True))
     if pairs and all(torch.equal(*pair) for pair in pairs):
         cautions.append(
@@ -241,7 +244,9 @@ def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes
     if parties.mode == "splitfed1" and len(parties.clients) > 1:
         servers = {name: server(shapes.cut[name], private.derive(name)) for name in parties.clients}
     else:
-        one = server(None if parties.is_vertical else shapes.cut[parties.clients[0]], private)
+        axis = join_axis(recipe, shape)
+        joined = _joined(list(shapes.cut.values()), axis) if parties.is_vertical else shapes.cut[parties.clients[0]]
+        one = server(joined, private)
         servers = dict.fromkeys(parties.clients, one)
     return Desk(servers, parties.mode, public=public.derive("desk"), axis=join_axis(recipe, shape))
 

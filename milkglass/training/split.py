@@ -376,7 +376,7 @@ def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         words = str(error).splitlines()[0]
         raise RunError(
-            f"checkpoint of epoch {checkpoint.epoch}: damaged or half-written ({words}); "
+            f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({words}); "
             "remove the checkpoint folder to begin anew"
         ) from None
     return lines

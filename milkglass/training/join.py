@@ -1,0 +1,248 @@
+"""One party as a process of its own: a client. It dials out to the server, and trains with its own records.
+
+Its folder: recipe.toml, records.sha256, run.json (the server's number of the run), key (its private key, where none was
+named), checkpoint/ and journal/, at the end bottom.safetensors, metrics.jsonl and summary.json. Started again with
+`resume` it computes again what came after its checkpoint, from its journal, and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from milkglass.certificates import Credentials
+from milkglass.client import StepResult
+from milkglass.errors import EgressError, HijackError, LinkError, RecipeError, RunError, nearest
+from milkglass.parties import run_to_end
+from milkglass.randomness import KEY_BYTES, Source, read_key
+from milkglass.recipe import Recipe
+from milkglass.runs import ALARM, Checkpoint, RunFolder
+from milkglass.training.rounds import Position, Seat, playing_epoch
+from milkglass.training.serve import JOURNAL_BYTES, Form, agreement, crossing, private_source
+from milkglass.training.setup import Share, crossing_shapes, deal_and_hash, make_client, owner_shapes, share_of
+from milkglass.training.split import (
+    Progress,
+    Silence,
+    cautions_in_words,
+    client_flops,
+    computing_with,
+    digest_of,
+    make_packings,
+    metrics_line,
+    traffic_summary,
+)
+from milkglass.transports.base import Flow
+from milkglass.transports.exactly_once import Sender
+from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent
+from milkglass.transports.wrappers import PackingTransport
+
+_FAREWELL_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True)
+class _Material:
+    """A client's records, what they hash to, and what follows from their form."""
+
+    share: Share
+    form: Form
+    digest: str
+
+
+def join(
+    recipe: Recipe,
+    name: str,
+    address: str,
+    credentials: Credentials | None,
+    out: Path,
+    *,
+    key: Path | None = None,
+    shared_key: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    log: Log = silent,
+) -> dict[str, Any]:
+    """Train as the recipe's client of that name with the server at `address`; returns what summary.json holds.
+
+    key: the client's private key; where None is named, one is made in the run folder. shared_key: what several clients
+    share and the server lacks. Raises MilkglassError, one line, before anything leaves where the recipe cannot be run.
+    """
+    if name not in recipe.parties.clients:
+        raise RecipeError(f"{name!r} is not among the recipe's clients; {nearest(name, recipe.parties.clients)}")
+    if len(recipe.parties.clients) > 1 and shared_key is None:
+        raise RecipeError(
+            f"mode {recipe.parties.mode} needs a key that the clients share and the server lacks: --shared-key FILE, "
+            "32 raw bytes (head -c 32 /dev/urandom), the same for every client"
+        )
+    with computing_with(recipe.threads):
+        shared = Source(bytes(KEY_BYTES)) if shared_key is None else read_key(shared_key)
+        material = _material(recipe, name, shared)
+        create = RunFolder.resume if resume else RunFolder.create
+        folder = create(out, recipe, material.digest)
+        with folder.locked():
+            folder.check_alarm()
+            private = private_source(folder, key)
+            joining = Joining(recipe, folder, name, address, credentials, private, shared, material, log)
+            try:
+                if folder.finished:
+                    joining.say_goodbye(log)
+                    return folder.read_json("summary.json")
+                joining.train(progress or Silence())
+                summary = joining.finish(made_key=key is None)
+                joining.say_goodbye(log)
+            except (HijackError, EgressError) as error:
+                folder.write(ALARM, str(error).encode())
+                raise
+            finally:
+                joining.transport.close()
+    return summary
+
+
+def _material(recipe: Recipe, name: str, shared: Source) -> _Material:
+    own = name if recipe.client.own_records else None
+    records, hashes = deal_and_hash(recipe, own=own, shared=shared)
+    data, shape = recipe.data, records.record_shape
+    if own is not None and recipe.parties.is_vertical:
+        if data.record_shape is None:
+            raise RecipeError("data.record_shape is missing: an owner's own file does not tell what a whole record is")
+        shape = data.record_shape
+    for what, ours, theirs in (("record_shape", shape, data.record_shape), ("classes", records.classes, data.classes)):
+        if theirs is not None and theirs != ours:
+            raise RecipeError(f"data.{what} is {theirs} in the recipe; the records have {ours}")
+    share = share_of(recipe, records, name, hashes)
+    expected = owner_shapes(recipe, shape)[name]
+    if tuple(share.train.x.shape[1:]) != expected:
+        raise RecipeError(
+            f"{name}'s part of a record is {tuple(share.train.x.shape[1:])} in its file; expected {expected}: say how "
+            "many columns each owner has in parties.vertical.parts"
+        )
+    return _Material(
+        share, Form(shape, records.classes, crossing_shapes(recipe, shape, records.classes)), digest_of(records)
+    )
+
+
+def _known_run(folder: RunFolder) -> int:
+    if not (folder.path / "run.json").exists():
+        return RUN_UNKNOWN
+    number = folder.read_json("run.json").get("run")
+    if not isinstance(number, int):
+        raise RunError(f"{folder.path / 'run.json'}: damaged; expected a number")
+    return number
+
+
+@final
+class Joining:
+    """A client's training: its seat, its connection, and its checkpoints."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        name: str,
+        address: str,
+        credentials: Credentials | None,
+        private: Source,
+        shared: Source,
+        material: _Material,
+        log: Log,
+    ) -> None:
+        self.recipe, self.folder, self.name = recipe, folder, name
+        self._material = material
+        checkpoint = folder.load_checkpoint()
+        self.transport = GrpcTransport(
+            address,
+            credentials,
+            Sender(folder.path / "journal", 0 if checkpoint is None else checkpoint.number),
+            party=name,
+            agreement=agreement(recipe, material.form, name),
+            limits=crossing(recipe, material.form, name).to_client(),
+            run=_known_run(folder),
+            entered=lambda run: folder.write_json("run.json", {"run": run}),
+            patience_seconds=recipe.client.patience_seconds,
+            answer_seconds=recipe.client.answer_seconds,
+            log=log,
+        )
+        packings = make_packings(recipe, material.form.shapes)
+        transport = PackingTransport(self.transport, packings[name]) if packings else self.transport
+        client, self.cautions = make_client(recipe, name, material.share, material.form.classes, private, transport)
+        client.check_egress(material.share.train.x[:8])
+        self.seat = Seat(recipe, client, material.share, shared)
+        self.lines: list[dict[str, Any]] = []
+        self._kept_at, self._kept_seconds = self.transport.sender.number, time.monotonic()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def train(self, progress: Progress) -> None:
+        """From where it is to the last epoch."""
+
+        def on_batch(position: Position, batches: int, result: StepResult) -> None:
+            progress.batch(position.epoch, position.batch, batches, result)
+            self._keep_if_due()
+
+        while self.seat.position.epoch <= self.recipe.training.epochs:
+            result = run_to_end(playing_epoch(self.seat, on_batch))
+            self.lines.append(metrics_line(self.seat.position.epoch - 1, result))
+            self.folder.write_metrics(self.lines)
+            progress.epoch(self.lines[-1])
+
+    def finish(self, *, made_key: bool) -> dict[str, Any]:
+        """The trained stage and a summary."""
+        client = self.seat.client
+        self.folder.write_tensors("bottom.safetensors", client.stage.state_dict())
+        if client.head is not None:
+            self.folder.write_tensors("head.safetensors", client.head.state_dict())
+        seconds = sum(line["seconds"] for line in self.lines)
+        ledger = client.guards.ledger
+        summary = {
+            "party": self.name,
+            "accuracy": self.lines[-1]["accuracy"],
+            "distance_correlation": self.lines[-1]["distance_correlation"],
+            "defense": " + ".join(defense.describe() for defense in client.defenses) or "none",
+            **traffic_summary(self.transport.traffic),
+            "seconds": seconds,
+            "seconds_per_epoch": seconds / len(self.lines),
+            "client_flops_per_sample": client_flops(self.seat),
+            "seed": self.recipe.seed,
+            "keys": f"the client's key {'was made for this run' if made_key else 'came from a file'}",
+            "records": {"train": len(self.seat.share.train), "test": len(self.seat.share.test)},
+            "releases": {} if ledger is None else ledger.summary(),
+            "cautions": cautions_in_words(self.cautions),
+            "recipe_digest": self.recipe.digest(),
+        }
+        self.folder.write_json("summary.json", summary)
+        return summary
+
+    def say_goodbye(self, log: Log) -> None:
+        """Tell the server that this client is done; the training does not hang on it."""
+        self.transport.patience_seconds = _FAREWELL_SECONDS
+        try:
+            self.seat.client.leave("goodbye", 0, {})
+            self.seat.client.take("receipt", 0)
+        except LinkError as error:
+            log("goodbye was not heard", reason=str(error))
+
+    def _keep_if_due(self) -> None:
+        sender = self.transport.sender
+        waited = time.monotonic() - self._kept_seconds
+        if waited < self.recipe.client.checkpoint_seconds and sender.size_bytes < JOURNAL_BYTES:
+            return
+        flows = [[*way, flow.messages, flow.wire_bytes] for way, flow in self.transport.traffic.flows.items()]
+        progress = {"position": asdict(self.seat.position), "metrics": self.lines, "traffic": flows}
+        self.folder.save_checkpoint(Checkpoint(sender.number, {self.name: self.seat.client.state()}, progress))
+        sender.rotate()
+        self._kept_at, self._kept_seconds = sender.number, time.monotonic()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.seat.client.load_state(checkpoint.parties[self.name])
+            for name, value in checkpoint.progress["position"].items():
+                setattr(self.seat.position, name, value)
+            for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"]:
+                self.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
+            self.lines = list(checkpoint.progress["metrics"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            words = str(error).splitlines()[0]
+            raise RunError(
+                f"{self.folder.path}: its checkpoint is damaged ({words}); expected an untouched one"
+            ) from None

@@ -1,0 +1,277 @@
+"""One party as a process of its own: the server. It waits for its clients, trains with them, and keeps what it needs.
+
+Its folder: recipe.toml, run.json (the run's number), checkpoint/ and journal/, at the end top.safetensors and
+summary.json. Started again with `resume` it is where it was, and its clients notice a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from milkglass.certificates import Credentials
+from milkglass.errors import MilkglassError, RecipeError, RunError
+from milkglass.formats import EMBEDDED
+from milkglass.randomness import Source, read_key, write_key
+from milkglass.recipe import Recipe
+from milkglass.runs import Checkpoint, RunFolder
+from milkglass.training.evaluate import BATCH
+from milkglass.training.setup import (
+    Shapes,
+    compressor,
+    crossing_shapes,
+    deal_records,
+    make_desk,
+    network_parts,
+)
+from milkglass.training.split import computing_with, make_packings
+from milkglass.transports.agreement import Agreement, Crossing
+from milkglass.transports.exactly_once import Taker
+from milkglass.transports.grpc import Log, silent
+from milkglass.transports.grpc_server import GrpcServer, Watch
+from milkglass.transports.wrappers import PackingService
+
+NO_RECORDS: Final = "a server holds no records"
+JOURNAL_BYTES: Final = 256 << 20
+"""A party keeps its state anew before its journal takes more than this."""
+_GRACE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a party must know of records that it does not hold: the shape of one, how many classes, what crosses."""
+
+    record_shape: tuple[int, ...]
+    classes: int
+    shapes: Shapes
+
+
+def form_of(recipe: Recipe) -> Form:
+    """From the recipe's words, or from a data set that everybody has. Raises RecipeError where neither is there."""
+    data = recipe.data
+    if data.record_shape is not None and data.classes is not None:
+        shape, classes = data.record_shape, data.classes
+    elif data.name in EMBEDDED:
+        records = deal_records(recipe)
+        shape, classes = records.record_shape, records.classes
+    else:
+        raise RecipeError(
+            "a server holds no records, so its recipe must say what one looks like: data.record_shape, such as "
+            "[1, 28, 28], and data.classes; `milkglass cuts RECIPE`, where the records are, prints both"
+        )
+    return Form(shape, classes, crossing_shapes(recipe, shape, classes))
+
+
+def crossing(recipe: Recipe, form: Form, name: str) -> Crossing:
+    """What crosses between a client and the server."""
+    parties = recipe.parties
+    several = len(parties.clients) > 1 and not parties.is_vertical
+    relay = parties.mode == "relay"
+    return Crossing(
+        cut=form.shapes.cut[name],
+        features=form.shapes.features if recipe.cut.back_at is not None else None,
+        classes=form.classes,
+        rows=max(recipe.training.batch_size, BATCH),
+        compressor=compressor(recipe),
+        sends_labels=recipe.cut.back_at is None and (not parties.is_vertical or name == parties.clients[0]),
+        sealed_bytes=_sealed_bytes(recipe, form) if several else 0,
+        handed=(1 if relay else len(parties.clients)) if several else 0,
+        vertical=parties.is_vertical,
+    )
+
+
+def agreement(recipe: Recipe, form: Form, name: str) -> Agreement:
+    """What the handshake of that client compares."""
+    return Agreement(recipe.agreed(), form.shapes.cut[name])
+
+
+def private_source(folder: RunFolder, key: Path | None) -> Source:
+    """The party's private source: of the key named, or of one made in its folder at the start."""
+    own = folder.path / "key"
+    if key is not None:
+        return read_key(key)
+    return read_key(own) if own.exists() else write_key(own)
+
+
+@final
+class Serving:
+    """A server's training: its desk, what it has taken, and its checkpoints."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, private: Source) -> None:
+        self.form = form_of(recipe)
+        self.recipe, self.folder = recipe, folder
+        self.desk = make_desk(recipe, self.form.record_shape, self.form.classes, self.form.shapes, private)
+        packings = make_packings(recipe, self.form.shapes)
+        self.crossings = {name: crossing(recipe, self.form, name) for name in recipe.parties.clients}
+        self.limits = {name: each.to_server() for name, each in self.crossings.items()}
+        self.run = _run_number(folder)
+        checkpoint = folder.load_checkpoint()
+        self._kept_at = 0 if checkpoint is None else checkpoint.number
+        self.taker = Taker(
+            PackingService(self.desk, packings) if packings else self.desk,
+            self.limits,
+            run=self.run,
+            window=recipe.training.micro_batches + 1,
+            folder=folder.path / "journal",
+            count=self._kept_at,
+        )
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.taker.replay()
+        self._kept_seconds = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the state should be kept anew as soon as no step is half done."""
+        if self.taker.count == self._kept_at:
+            return False
+        waited = time.monotonic() - self._kept_seconds
+        return waited >= self.recipe.server.checkpoint_seconds or self.taker.size_bytes >= JOURNAL_BYTES
+
+    def may_begin(self) -> bool:
+        """Whether a new step may begin: not while a checkpoint waits for the ones that are half done."""
+        return self.desk.resting or not self.due
+
+    def keep_if_due(self) -> None:
+        """A checkpoint, where it is time for one and no step is half done."""
+        if self.due and self.desk.resting:
+            self.keep()
+
+    def keep(self) -> None:
+        """A checkpoint, and a new journal."""
+        tensors, told = self.taker.state()
+        parties = {self.recipe.parties.server: self.desk.state(), "answers": tensors}
+        self.folder.save_checkpoint(Checkpoint(self.taker.count, parties, {"lines": told}))
+        self.taker.rotate()
+        self._kept_at, self._kept_seconds = self.taker.count, time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """The trained stage and a summary, once every client has said goodbye."""
+        first = self.recipe.parties.clients[0]
+        self.folder.write_tensors("top.safetensors", self.desk.servers[first].stage.state_dict())
+        summary = {
+            "party": self.recipe.parties.server,
+            "clients": list(self.recipe.parties.clients),
+            "messages": self.taker.count,
+            "run": f"{self.run:016x}",
+            "recipe_digest": self.recipe.digest(),
+        }
+        self.folder.write_json("summary.json", summary)
+        return summary
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.desk.load_state(checkpoint.parties[self.recipe.parties.server])
+            self.taker.load_state(checkpoint.parties["answers"], checkpoint.progress["lines"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            words = str(error).splitlines()[0]
+            raise RunError(
+                f"{self.folder.path}: its checkpoint is damaged ({words}); expected an untouched one"
+            ) from None
+
+
+def serve(
+    recipe: Recipe,
+    listen: str,
+    credentials: Credentials | None,
+    out: Path,
+    *,
+    key: Path | None = None,
+    resume: bool = False,
+    log: Log = silent,
+    watch: Watch | None = None,
+    ready: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train with the recipe's clients until each has said goodbye; returns what summary.json holds.
+
+    listen: HOST:PORT. ready: called with the port once clients can come. SIGTERM and Ctrl-C end it with its state kept.
+    Raises MilkglassError, one line, for what cannot be served.
+    """
+    with computing_with(recipe.threads):
+        form_of(recipe)  # before the folder: what cannot be served leaves no trace
+        folder = RunFolder.resume(out, recipe, NO_RECORDS) if resume else RunFolder.create(out, recipe, NO_RECORDS)
+        with folder.locked():
+            serving = Serving(recipe, folder, private_source(folder, key))
+            return asyncio.run(_serve(serving, listen, credentials, log, watch, ready))
+
+
+async def _serve(
+    serving: Serving,
+    listen: str,
+    credentials: Credentials | None,
+    log: Log,
+    watch: Watch | None,
+    ready: Callable[[int], None],
+) -> dict[str, Any]:
+    recipe, over = serving.recipe, asyncio.Event()
+
+    def taken() -> None:
+        serving.keep_if_due()
+        if serving.desk.finished:
+            over.set()
+
+    server = GrpcServer(
+        serving.taker,
+        {name: agreement(recipe, serving.form, name) for name in recipe.parties.clients},
+        name=recipe.parties.server,
+        run=serving.run,
+        frame_bytes=max(limits.frame_bytes for limits in serving.limits.values()),
+        taken=taken,
+        may_begin=serving.may_begin,
+        waits_for=serving.desk.awaited,
+        heartbeat_seconds=recipe.server.heartbeat_seconds,
+        watch=watch,
+        log=log,
+    )
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        over.set()
+
+    loop = asyncio.get_running_loop()
+    with suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs it there stops it otherwise
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+    port = await server.start(listen, credentials)
+    ready(port)
+    if serving.desk.finished:
+        over.set()
+    try:
+        await server.run_until(over)
+    finally:
+        await server.stop(_GRACE_SECONDS)
+    if stopped and not serving.desk.finished:
+        if serving.desk.resting:
+            serving.keep()
+        raise MilkglassError("stopped; nothing is lost: run it again with --resume, and its clients go on")
+    return serving.finish()
+
+
+def _run_number(folder: RunFolder) -> int:
+    """The number of this run, drawn once: two runs of one recipe differ in it."""
+    if not (folder.path / "run.json").exists():
+        folder.write_json("run.json", {"run": secrets.randbits(63) + 1})
+    number = folder.read_json("run.json").get("run")
+    if not isinstance(number, int):
+        raise RunError(f"{folder.path / 'run.json'}: damaged; expected a number")
+    return number
+
+
+def _sealed_bytes(recipe: Recipe, form: Form) -> int:
+    """At most so long are a client's sealed weights: with two values of the optimizer beside each, and names."""
+    from milkglass.randomness import public_source
+
+    parts = network_parts(recipe, form.record_shape, form.classes, public_source(recipe.seed))
+    modules = [parts.bottom] if parts.head is None else [parts.bottom, parts.head]
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    weights_bytes: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return 3 * weights_bytes + 1024 * (3 * len(tensors) + 16)

@@ -1,0 +1,299 @@
+"""A client's end of the wire: one gRPC stream to the server, mutual TLS, over which numbered frames go.
+
+The client dials out. Where the connection breaks it dials again, with growing pauses, and sends again what has no
+answer yet, the same bytes. Its event loop runs only while the client sends or waits, in the client's own thread; gRPC's
+own threads move the bytes meanwhile, so that a piece of a batch travels while the next one is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, final
+
+import grpc
+import grpc.aio
+
+from milkglass.certificates import Credentials
+from milkglass.codec import Limits, decode, encode, peek_header
+from milkglass.errors import LinkError, MessageError
+from milkglass.messages import Message
+from milkglass.transports.agreement import GREETINGS, HEARTBEATS, Agreement, read_greeting, refused
+from milkglass.transports.base import Transport
+from milkglass.transports.exactly_once import Sender
+
+METHOD: Final = "/milkglass.Parties/Talk"
+RUN_UNKNOWN: Final = 0
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 10.0
+_WINDOW_BYTES: Final = 8 << 20
+_FINAL: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: MessageError,
+    grpc.StatusCode.FAILED_PRECONDITION: LinkError,
+    grpc.StatusCode.PERMISSION_DENIED: LinkError,
+    grpc.StatusCode.UNIMPLEMENTED: LinkError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: LinkError,
+    grpc.StatusCode.DATA_LOSS: LinkError,
+}
+"""Ends after which trying again is no use."""
+
+
+def channel_options(frame_bytes: int, heartbeat_seconds: float) -> list[tuple[str, Any]]:
+    """For both ends: no longer frame is taken; the peer is asked for a sign of life; a window that a frame fits in."""
+    beat = int(heartbeat_seconds * 1000)
+    return [
+        ("grpc.max_receive_message_length", frame_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.keepalive_time_ms", beat),
+        ("grpc.keepalive_timeout_ms", beat),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+    ]
+
+
+class _LostError(Exception):
+    """The connection broke: dial again."""
+
+
+Log = Callable[..., None]
+"""(event, named values): writes one line of a structured log."""
+
+
+def silent(event: str, **values: object) -> None:
+    """Nobody reads the log."""
+
+
+@final
+class GrpcTransport(Transport):
+    """Numbered messages to the server at `address` (HOST:PORT) and its answers back, each once.
+
+    credentials: None for a connection in plain text, which is for loopback alone. agreement: what the handshake
+    compares. limits: what the server may answer. run: the server's number of the run, 0 for a client that is new to it;
+    `entered` is called with it at the first handshake. patience_seconds: how long to try to reach a server that is
+    away. answer_seconds: how long to await a sign of a server that is there.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials | None,
+        sender: Sender,
+        *,
+        party: str,
+        agreement: Agreement,
+        limits: Limits,
+        run: int = RUN_UNKNOWN,
+        entered: Callable[[int], None] = lambda _: None,
+        patience_seconds: float = 600.0,
+        answer_seconds: float = 300.0,
+        heartbeat_seconds: float = 10.0,
+        log: Log = silent,
+    ) -> None:
+        super().__init__()
+        self.sender = sender
+        self._address, self._credentials, self._party = address, credentials, party
+        self._agreement, self._limits = agreement, limits
+        self._run, self._entered = run, entered
+        self.patience_seconds = patience_seconds
+        self._answer_seconds, self._heartbeat = answer_seconds, heartbeat_seconds
+        self._log = log
+        self._loop = asyncio.new_event_loop()
+        self._channel: grpc.aio.Channel | None = None
+        self._call: Any = None
+        self._outgoing: deque[bytes] = deque()
+        self._writer: asyncio.Task[None] | None = None
+        self._waits_for = ""
+        self._jitter = random.Random()  # of pauses alone: nothing that counts follows from it
+
+    @property
+    def run(self) -> int:
+        """The server's number of the run; 0 until it is known."""
+        return self._run
+
+    def connect(self) -> None:
+        """Dial and shake hands; raises LinkError where the server is away for too long, or refuses."""
+        self._loop.run_until_complete(self._connected())
+
+    def send(self, message: Message) -> None:
+        if self._run == RUN_UNKNOWN:
+            self.connect()
+        frame = self.sender.send(message, self._run)
+        if frame is None:
+            return
+        self.traffic.count("to server", message.kind, len(frame))
+        self._outgoing.append(frame)
+        if message.pieces > 1 and self._call is not None:
+            for _ in range(3):  # enough for gRPC to take a frame; its threads do the rest while the next is computed
+                self._loop.run_until_complete(self._let_write())
+
+    def receive(self) -> Message:
+        found = self.sender.answer()
+        if found is None:
+            found = self._loop.run_until_complete(self._awaited_answer())
+        message, wire_bytes = found
+        self.traffic.count("to client", message.kind, wire_bytes)
+        return message
+
+    def close(self) -> None:
+        """Hang up."""
+        self._loop.run_until_complete(self._hang_up())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+        self.sender.close()
+
+    # In the loop.
+
+    async def _awaited_answer(self) -> tuple[Message, int]:
+        while True:
+            await self._connected()
+            try:
+                self._let_go_on()
+                while (found := self.sender.answer()) is None:
+                    await self._read_one()
+                return found
+            except _LostError as error:
+                self._log("connection lost", reason=str(error))
+                await self._hang_up()
+
+    async def _read_one(self) -> None:
+        """Take in the next frame, whatever it is."""
+        try:
+            async with asyncio.timeout(self._answer_seconds):
+                frame = await self._call.read()
+        except TimeoutError:
+            awaited = self._what_is_awaited()
+            await self._hang_up()
+            waits = f"; it was waiting for {self._waits_for}" if self._waits_for else ""
+            raise LinkError(
+                f"the server at {self._address} has given no sign for {self._answer_seconds:g} seconds; awaited was "
+                f"{awaited}{waits}"
+            ) from None
+        except (grpc.aio.AioRpcError, asyncio.CancelledError):
+            frame = grpc.aio.EOF
+        if frame is grpc.aio.EOF:
+            await self._ended()
+        if peek_header(frame).kind == "waits":
+            self._heartbeat_came(frame)
+            return
+        self._waits_for = ""
+        self.sender.received(frame, self._limits, self._run)
+
+    def _heartbeat_came(self, frame: bytes) -> None:
+        waits_for = bytes(decode(frame, HEARTBEATS).tensors["for"].numpy()).decode(errors="replace")
+        if waits_for != self._waits_for:
+            self._log("waiting", party=self._party, waits_for=waits_for)
+        self._waits_for = waits_for
+
+    async def _ended(self) -> None:
+        """The stream is at its end: raise what that means."""
+        code, details = await self._call.code(), await self._call.details()
+        if code in _FINAL:
+            await self._hang_up()
+            error = _FINAL[code]
+            raise error(details) if error is MessageError else refused(details or code.name.lower())
+        raise _LostError(f"{code.name.lower()}: {details}" if details else code.name.lower())
+
+    async def _connected(self) -> None:
+        """Return with an open stream on which everything unanswered is under way; dial as often as it takes."""
+        if self._call is not None:
+            return
+        began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await self._dial()
+                return
+            except (_LostError, grpc.aio.AioRpcError, OSError, TimeoutError) as error:
+                await self._hang_up()
+                reason = _in_words(error)
+            except BaseException:
+                await self._hang_up()
+                raise
+            left = self.patience_seconds - (time.monotonic() - began)
+            if left <= 0:
+                raise LinkError(
+                    f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
+                    f"{reason}; nothing is lost: run it again with --resume"
+                )
+            self._log("dialing again", address=self._address, reason=reason)
+            await asyncio.sleep(min(pause * self._jitter.uniform(0.5, 1.0), left))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _dial(self) -> None:
+        options = channel_options(self._limits.frame_bytes, self._heartbeat)
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=options)
+        else:
+            told = grpc.ssl_channel_credentials(self._credentials.root, self._credentials.key, self._credentials.chain)
+            self._channel = grpc.aio.secure_channel(self._address, told, options=options)
+        self._call = self._channel.stream_stream(METHOD)()
+        told_run = self._agreement.told(run=self._run, next=self.sender.number)
+        hello = Message("hello", self._party, 0, {"told": told_run})
+        async with asyncio.timeout(self._answer_seconds):
+            try:
+                await self._call.write(encode(hello))
+                frame = await self._call.read()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                frame = grpc.aio.EOF
+            if frame is grpc.aio.EOF:
+                await self._ended()
+        welcome = read_greeting(decode(frame, GREETINGS))
+        self._enter(welcome)
+        self._outgoing = deque(self.sender.again())
+        self._log("connected", address=self._address, run=f"{self._run:016x}", again=len(self._outgoing))
+
+    def _enter(self, welcome: dict[str, Any]) -> None:
+        run = welcome.get("run")
+        if not isinstance(run, int) or not 0 < run < 2**64 or self._run not in (RUN_UNKNOWN, run):
+            raise LinkError(f"the server at {self._address} has another run than the one that this client began")
+        if self._run == RUN_UNKNOWN:
+            self._run = run
+            self._entered(run)
+
+    async def _let_write(self) -> None:
+        self._let_go_on()
+        await asyncio.sleep(0)
+
+    def _let_go_on(self) -> None:
+        """See that frames that wait are being written."""
+        if self._outgoing and (self._writer is None or self._writer.done()):
+            self._writer = self._loop.create_task(self._write_all(self._call, self._outgoing))
+
+    async def _write_all(self, call: Any, outgoing: deque[bytes]) -> None:
+        try:
+            while outgoing:
+                await call.write(outgoing[0])
+                outgoing.popleft()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the stream is at its end: whoever reads it learns why, and everything unanswered is sent again
+
+    async def _hang_up(self) -> None:
+        call, channel, writer = self._call, self._channel, self._writer
+        self._call = self._channel = self._writer = None
+        self._outgoing = deque()
+        if writer is not None and not writer.done():
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+        if call is not None:
+            call.cancel()
+        if channel is not None:
+            await channel.close()
+
+    def _what_is_awaited(self) -> str:
+        number = self.sender.awaited
+        frames = self.sender.again()
+        if number is None or not frames:
+            return "an answer"
+        header = peek_header(frames[0])
+        return f"the answer to {header.kind!r} of step {header.step}"
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name.lower()}: {error.details()}"
+    return str(error) or "it did not answer in time"
