@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,11 @@ def machine_line() -> str:
 def write_result(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a benchmark's rows as JSON, with the setting."""
     path.write_text(json.dumps({"setting": machine_line(), "rows": rows}, indent=2) + "\n")
+
+
+def command_line() -> str:
+    """The command that makes these figures; where the data sets are is nobody's business."""
+    words = list(sys.argv[1:])
+    if "--data" in words:
+        words[words.index("--data") + 1] = "DIR"
+    return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])

@@ -254,17 +254,29 @@ def serve(
     ] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's private key; default: made.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    onward: Annotated[
+        str | None, typer.Option("--onward", metavar="HOST:PORT", help="For a hop: where the next party listens.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For a hop: which; default: the certificate's.")
+    ] = None,
     metrics: Annotated[int | None, typer.Option(metavar="PORT", help="Prometheus metrics at 127.0.0.1:PORT.")] = None,
     plaintext: PlainText = False,
 ) -> None:
     """Be the server of a training between machines: wait for the recipe's clients, and train with them."""
     from milkglass.logs import party_log
     from milkglass.recipe import load_recipe
+    from milkglass.training.serve import Onward
     from milkglass.training.serve import serve as serve_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    log = party_log(loaded.parties.server)
     credentials = _credentials("server", tls, plaintext, listen)
+    hop = None
+    if onward is not None:
+        hop = name or (credentials.name if credentials is not None else "")
+        if plaintext:
+            _credentials("client", tls, plaintext, onward)
+    log = party_log(hop or loaded.parties.server)
     watch = None
     if metrics is not None:
         from milkglass.metrics import PrometheusWatch
@@ -275,7 +287,8 @@ def serve(
         loaded,
         listen,
         credentials,
-        out or Path("runs") / f"{recipe.stem}-server",
+        out or Path("runs") / f"{recipe.stem}-{hop or 'server'}",
+        onward=None if onward is None or hop is None else Onward(hop, onward, credentials, log),
         key=key,
         resume=resume,
         log=log,
@@ -332,8 +345,9 @@ def join(
         )
     for caution in summary["cautions"]:
         _say(f"milkglass: note: {caution}")
+    accuracy = "" if summary["accuracy"] is None else f"accuracy {summary['accuracy']:.3f}, "
     print(
-        f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, "
+        f"{out}: defense {summary['defense']}; {accuracy}"
         f"{summary['bytes_sent']:,} bytes sent, {summary['bytes_received']:,} received in "
         f"{summary['messages']:,} messages; {summary['keys']}"
     )

@@ -18,9 +18,9 @@ from torch import Tensor
 from milkglass.errors import DataError, nearest
 from milkglass.formats import load
 from milkglass.randomness import Source
-from milkglass.records import RawRecords, RawTable, Records
+from milkglass.records import Columns, RawRecords, RawTable, Records
 
-__all__ = ["MINIMUM_PART", "Deal", "RawRecords", "Records", "deal", "load", "owners_part"]
+__all__ = ["MINIMUM_PART", "Columns", "Deal", "RawRecords", "Records", "deal", "load", "owners_part", "with_labels_of"]
 
 MINIMUM_PART: Final = 8  # fewer records than this in one part, and nothing can be said about it
 
@@ -31,7 +31,8 @@ class Deal:
     """Who got which records. No record number is in two sets.
 
     train: by client. The `*_indices` are record numbers (n,) in the file dealt from; `test_indices` count in the test
-    file where `test_is_separate`. classes: K. record_shape: (C, H, W) or (F,).
+    file where `test_is_separate`. classes: K. record_shape: (C, H, W) or (F,). columns: of a table,
+    how its raw columns were converted. class_names: in the order of the labels, where the file names them.
     """
 
     train: Mapping[str, Records]
@@ -45,6 +46,8 @@ class Deal:
     test_is_separate: bool
     classes: int
     record_shape: tuple[int, ...]
+    columns: Columns | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def deal(
@@ -75,7 +78,7 @@ def deal(
         raise DataError(f"clients {names}: expected at least one name, and no name twice")
     sizes = [_size(share, len(pool)) for share in (test_share, validation_share, auxiliary_share)]
     if test_file is not None:
-        test_file = _with_labels_of(pool, test_file)
+        test_file = with_labels_of(test_file, pool.class_names, pool.where)
         _check_alike(pool, test_file, classes)
         sizes[0] = 0
     left = len(pool) - sum(sizes)
@@ -106,6 +109,8 @@ def deal(
         test_is_separate=test_file is not None,
         classes=classes,
         record_shape=pool.record_shape,
+        columns=Columns(pool.mean, pool.scale, pool.categories) if isinstance(pool, RawTable) else None,
+        class_names=pool.class_names,
     )
 
 
@@ -174,16 +179,16 @@ def _check_range(raw: RawRecords, classes: int) -> None:
         )
 
 
-def _with_labels_of(pool: RawRecords, test_file: RawRecords) -> RawRecords:
-    """The test file with its classes numbered as in the pool, where both name them: a folder may lack a class."""
-    names, test_names = pool.class_names, test_file.class_names
-    if names is None or test_names is None or names == test_names:
-        return test_file
-    for name in test_names:
+def with_labels_of(file: RawRecords, names: tuple[str, ...] | None, where: str) -> RawRecords:
+    """The file with its classes numbered as in `names`, those of `where`, if both name them: it may lack a class."""
+    own = file.class_names
+    if names is None or own is None or names == own:
+        return file
+    for name in own:
         if name not in names:
-            raise DataError(f"{test_file.where}: class {name!r} is not one of {pool.where}; {nearest(name, names)}")
-    numbers = np.array([names.index(name) for name in test_names])
-    return replace(test_file, labels=numbers[test_file.labels], class_names=names)
+            raise DataError(f"{file.where}: class {name!r} is not one of {where}; {nearest(name, names)}")
+    numbers = np.array([names.index(name) for name in own])
+    return replace(file, labels=numbers[file.labels], class_names=names)
 
 
 def _check_alike(pool: RawRecords, test_file: RawRecords, classes: int) -> None:

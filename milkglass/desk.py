@@ -28,6 +28,7 @@ from torch import Tensor
 
 from milkglass.errors import MessageError
 from milkglass.handover import average
+from milkglass.hop import Hop
 from milkglass.linkage import match
 from milkglass.messages import Addressed, Message
 from milkglass.randomness import Source
@@ -43,7 +44,7 @@ class Desk:
 
     servers: for each client the server that trains with it: one and the same, or in splitfed1 one each. public: draws
     the order in splitfed2. axis: along which vertical activations are joined. In vertical training the first client
-    holds the labels; the others learn no loss.
+    holds the labels; the others learn no loss. hop: where this server is one in the middle of the way, the rest of it.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Desk:
         *,
         public: Source,
         axis: int = 1,
+        hop: Hop | None = None,
     ) -> None:
         self.servers = dict(servers)
         self.clients = list(servers)
@@ -60,6 +62,7 @@ class Desk:
         self._batches: dict[str, int] = {}  # training batches of each in an epoch
         self._public = public
         self._axis = axis
+        self._hop = hop
         self._alone = len(self.clients) == 1
         self._name = next(iter(servers.values())).name
         self._asked: Server | None = None  # answers queries, once an epoch is over
@@ -122,6 +125,8 @@ class Desk:
         if self.mode == "vertical" and not self._alone:
             self._waiting[message.party].append(message)
             return list(self._joint())
+        if self._hop is not None:
+            return [(message.party, self._hop.reply(message))]
         if message.kind == "queries":
             server = self.servers[message.party] if self._asked is None else self._asked
             return [(message.party, server.reply(message))]

@@ -18,6 +18,7 @@ import numpy as np
 
 from milkglass.errors import DataError, MissingExtraError, nearest
 from milkglass.records import (
+    UNLABELED,
     Array,
     RawPictures,
     RawRecords,
@@ -43,6 +44,7 @@ class _Asked:
 
     sensitive: tuple[str, ...]
     ids: str | None
+    may_lack_labels: bool
 
 
 def load(
@@ -53,6 +55,7 @@ def load(
     split: str = "train",
     sensitive: Sequence[str] = (),
     ids: str | None = None,
+    may_lack_labels: bool = False,
 ) -> RawRecords:
     """Read a data set from exactly one source.
 
@@ -62,13 +65,14 @@ def load(
     sensitive: names of integer columns to keep beside the records: an array of a `.npz` with a value per record, one of
     its `categorical_names`, or a column of a parquet file. A column that is an input stays one.
     ids: the name of the records' ids, integers or text: an array of a `.npz`, or a column of a parquet file. No input.
+    may_lack_labels: a file without them is read as well; folders of pictures always have some.
 
     Raises DataError; MissingExtraError where parquet or the hub needs `milkglass[data]`.
     """
     given = [key for key, value in (("name", name), ("path", path), ("hub", hub)) if value is not None]
     if len(given) != 1:
         raise DataError(f"data: {' and '.join(given) or 'nothing'} given; expected exactly one of name, path, hub")
-    asked = _Asked(tuple(sensitive), ids)
+    asked = _Asked(tuple(sensitive), ids, may_lack_labels)
     if name is not None:
         return _without_columns(_embedded(name), asked)
     if hub is not None:
@@ -122,9 +126,12 @@ def _with_columns(raw: RawRecords, asked: _Asked, columns: Mapping[str, Array], 
 def _from_npz(path: Path, asked: _Asked) -> RawRecords:
     where = str(path)
     arrays = _npz_arrays(path)
-    if "labels" not in arrays:
+    if "labels" not in arrays and not asked.may_lack_labels:
         raise DataError(f"{where}: no array `labels`; {nearest('labels', arrays)}")
-    labels = raw_labels(arrays["labels"], where)
+    records = next((arrays[key] for key in _NPZ_ARRAYS[:3] if key in arrays), np.zeros(1))
+    labels = raw_labels(arrays.get("labels", np.zeros(records.shape[:1], np.int64)), where)
+    if "labels" not in arrays:
+        labels = np.full_like(labels, UNLABELED)
     columns = _npz_columns(arrays, where) if asked.sensitive else {}
     ids = None
     if asked.ids is not None:
@@ -213,15 +220,17 @@ def _from_dataset(dataset: Any, where: str, asked: _Asked, *, may_name_files: bo
     columns = list(features)
     named = [column for column in columns if isinstance(features[column], datasets.ClassLabel)]
     label = next((c for c in _LABEL_COLUMNS if c in columns), named[0] if len(named) == 1 else None)
-    if label is None:
+    if label is None and not asked.may_lack_labels:
         raise DataError(
             f"{where}: no label column; expected one of {', '.join(_LABEL_COLUMNS)} among {', '.join(columns)}"
         )
-    labels = raw_labels(dataset.with_format("numpy")[label][:] if len(dataset) else np.zeros(0, np.int64), where)
+    unlabeled = np.zeros(len(dataset), np.int64)
+    labels = raw_labels(dataset.with_format("numpy")[label][:] if label and len(dataset) else unlabeled, where)
+    labels = labels if label else np.full_like(labels, UNLABELED)
     classes = tuple(features[label].names) if label in named else None
     whole = [c for c in columns if c != label and getattr(features[c], "dtype", "").startswith(("int", "uint", "bool"))]
     extra = {c: np.asarray(dataset.with_format("numpy")[c][:]) for c in whole} if asked.sensitive else {}
-    ids = None if asked.ids is None else _dataset_ids(dataset, asked.ids, label, labels, where)
+    ids = None if asked.ids is None else _dataset_ids(dataset, asked.ids, label or "", labels, where)
     pictures = [c for c in columns if isinstance(features[c], datasets.Image) or _holds_bytes(features[c])]
     if len(pictures) > 1:
         raise DataError(f"{where}: columns {', '.join(pictures)} all hold pictures; expected one")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from milkglass.client import StepResult
+
+_LOG_SECONDS: Final = 10.0
 
 
 class _Watch:
@@ -64,12 +67,12 @@ class TrainingProgress(_Watch):
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Note what the test records showed after an epoch."""
-        self._dependence = f"distance correlation {line['distance_correlation']['squared_unbiased']:.3f}"
+        found = line["distance_correlation"]
+        self._dependence = "" if found is None else f"distance correlation {found['squared_unbiased']:.3f}"
         if self._task is None:
-            self._log(
-                f"{self._what}: epoch {line['epoch']} of {self._epochs}: loss {line['loss']:.3f}, test accuracy "
-                f"{line['accuracy']:.3f}, {self._dependence}"
-            )
+            told = {"loss": line["loss"], "test accuracy": line["accuracy"]}  # an owner of columns may be told neither
+            words = [f"{what} {value:.3f}" for what, value in told.items() if value is not None]
+            self._log(f"{self._what}: epoch {line['epoch']} of {self._epochs}: {', '.join([*words, self._dependence])}")
 
 
 @final
@@ -92,3 +95,20 @@ class AuditProgress(_Watch):
         """The attack at work has done so many of its steps."""
         if self._inner is not None:
             self._bar.update(self._inner, completed=done, total=total)
+
+
+@final
+class PredictionProgress(_Watch):
+    """How many records are classified; in a log, a line now and then."""
+
+    def __init__(self) -> None:
+        super().__init__("predicting")
+        self._told = time.monotonic()
+
+    def records(self, done: int, total: int) -> None:
+        """`done` of `total` records are classified."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif time.monotonic() - self._told >= _LOG_SECONDS:
+            self._told = time.monotonic()
+            self._log(f"predicting: {done:,} of {total:,} records")

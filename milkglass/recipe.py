@@ -98,6 +98,12 @@ class Cut(Section):
     """Where the network is cut in two: the client keeps what is before, the server what is behind."""
 
     at: str = Field(description="The name of the client's last layer; `milkglass cuts` lists them with their costs.")
+    hops: tuple[str, ...] = Field(
+        (),
+        description="Multi-hop: the names of the last layers of the stages between the client's and the server's, one "
+        "for each of `parties.hops`.",
+        strict=False,
+    )
     back_at: str | None = Field(
         None,
         description="U-shaped: the name of the server's last layer. What is behind it, labels and loss stay with the "
@@ -213,6 +219,12 @@ class Parties(Section):
         ("client",), min_length=1, max_length=64, description="Names of the clients, in order.", strict=False
     )
     server: PartyName = Field("server", description="Name of the server.")
+    hops: tuple[PartyName, ...] = Field(
+        (),
+        max_length=8,
+        description="Multi-hop: names of the parties on the way from the client to the server, in order.",
+        strict=False,
+    )
     mode: Mode = Field(
         "relay",
         description="How several clients train. `relay`: in turn, weights handed on. `splitfed1`: in parallel, a server"
@@ -228,9 +240,11 @@ class Parties(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [name.casefold() for name in (*self.clients, self.server)]  # they become file names as well
-        if len(set(names)) < len(names):
-            raise ValueError(f"{', '.join((*self.clients, self.server))}: every party needs a name of its own")
+        everyone = (*self.clients, *self.hops, self.server)
+        if len({name.casefold() for name in everyone}) < len(everyone):  # they become file names as well
+            raise ValueError(f"{', '.join(everyone)}: every party needs a name of its own")
+        if self.hops and len(self.clients) > 1:
+            raise ValueError("hops go with one client")
         if self.is_vertical and len(self.clients) < 2:
             raise ValueError("mode vertical needs two clients or more: each owns a part of every record")
         parts = self.vertical.parts
@@ -339,6 +353,11 @@ class Recipe(Section):
             )
         if self.cut.back_at is not None and self.parties.is_vertical:
             raise ValueError("cut.back_at keeps labels with a client; in vertical training the first owner sends them")
+        if len(self.cut.hops) != len(self.parties.hops) or (self.cut.hops and self.cut.back_at is not None):
+            raise ValueError(
+                f"cut.hops names {len(self.cut.hops)} layers for {len(self.parties.hops)} parties.hops; "
+                "expected one for each, and no cut.back_at"
+            )
         if self.guard.hijack is not None and (self.cut.back_at is not None or self.parties.is_vertical):
             raise ValueError("guard.hijack sends wrong labels; where labels stay with a client there are none to send")
         return self
@@ -356,6 +375,8 @@ class Recipe(Section):
         agreed = self.model_dump(mode="json", exclude={**dict.fromkeys(LOCAL, True), "data": local})
         for section, key, default in (
             ("cut", "back_at", None),
+            ("cut", "hops", []),
+            ("parties", "hops", []),
             ("training", "micro_batches", 1),
             ("parties", "mode", "relay"),
             ("parties", "vertical", Vertical().model_dump(mode="json")),

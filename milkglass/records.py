@@ -21,6 +21,8 @@ from milkglass.errors import DataError
 
 Array = NDArray[Any]
 _MOST_CATEGORIES: Final = 1000
+UNLABELED: Final = -1
+"""The label of a record that has none."""
 
 
 @final
@@ -52,9 +54,23 @@ class Records:
         return Records(self.x[indices], self.y[indices], attributes)
 
 
+@final
+@dataclass(frozen=True)
+class Columns:
+    """How a table's columns become a network's: (value - mean) / scale of the numbers (F,), then categories one-hot.
+
+    categories: how many codes each categorical column has.
+    """
+
+    mean: Array
+    scale: Array
+    categories: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class RawRecords(ABC):
-    """A whole data set as its file holds it. `where` names it in errors; labels (N,) int64, none negative.
+    """A whole data set as its file holds it. `where` names it in errors; labels (N,) int64, none negative, or all
+    UNLABELED where the file holds none and need not.
 
     class_names: the classes' names, in the order of the labels; None where the file names none. attributes: the
     sensitive columns by name, (N,) int64 codes from 0. ids: (N,) integers or text, no two alike; None where none were

@@ -5,6 +5,7 @@ records.sha256         what the dealt records hash to: nobody goes on with, or a
 metrics.jsonl          a line per epoch
 checkpoint/0007/       the newest complete epoch: a file per party, and progress.json; resume starts here
 bottom.safetensors     the client's half          top.safetensors   the server's
+records.json           what records are like, and how a table's columns were converted: what `predict` needs
 summary.json           written last: a folder that has it is a finished run
 """
 
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,13 +93,16 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open_finished(cls, path: Path) -> RunFolder:
-        """The folder of a finished run. Raises RunError if there is none, or if it is half-written."""
+    def open_finished(cls, path: Path, needed: Sequence[str] | None = None) -> RunFolder:
+        """The folder of a finished run. Raises RunError if there is none, or if it is half-written.
+
+        needed: the files that must be there; by default those of a run in one process.
+        """
         folder = cls(path, _read_recipe(path))
-        missing = [name for name in FINISHED if not (path / name).is_file()]
+        missing = [name for name in needed or FINISHED if not (path / name).is_file()]
         if missing:
             raise RunError(
-                f"run folder {path}: half-written, {missing[0]} is missing; finish it with milkglass train --resume"
+                f"run folder {path}: half-written, {missing[0]} is missing; finish it with --resume"
             )
         return folder
 

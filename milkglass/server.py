@@ -11,8 +11,8 @@ and the step is taken after the last.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import cast, final
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,19 @@ from milkglass.randomness import Source
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), labels (B,)) -> scalar."""
+
+
+class Sharing(Protocol):
+    """Other processes that compute the stage together with this one; see sharding.py."""
+
+    def forward(self, z: Tensor, piece: tuple[int, int] | None) -> Tensor:
+        """The stage's output for `z`, with a graph in training; piece: (index, of how many), None for queries."""
+
+    def step(self) -> None:
+        """The others take the step that this one is about to take."""
+
+    def load(self) -> None:
+        """The others take over this one's weights and what its optimizer remembers."""
 
 
 @final
@@ -49,6 +62,7 @@ class Server(Party):
     ) -> None:
         super().__init__(stage, optimizer, source)
         self.name = name
+        self.sharing: Sharing | None = None
         self._loss = loss
         self._agreed = None if cut_shape is None else (torch.Size(cut_shape), torch.float32)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}  # U-shaped: piece -> activations, features with their graph
@@ -62,10 +76,16 @@ class Server(Party):
 
     def snapshot(self) -> Server:
         """A server that answers queries as this one would now, and never learns."""
-        stage = copy.deepcopy(self.stage)
+        stage = copy.deepcopy(self.stage).cpu()
         copied = Server(stage, None, loss=self._loss, name=self.name, source=self.source)
         copied._agreed = self._agreed
         return copied
+
+    def load_weights(self, weights: Mapping[str, Tensor], *, with_optimizer: bool = False) -> None:
+        """Take over what `weights` holds, in all processes that share the stage."""
+        super().load_weights(weights, with_optimizer=with_optimizer)
+        if self.sharing is not None:
+            self.sharing.load()
 
     def reply(self, message: Message) -> Message:
         """Answer one message of a client: a training step, its second half, or predictions."""
@@ -87,7 +107,7 @@ class Server(Party):
         self._check_activations(message, z)
         if message.kind == "queries":
             with torch.no_grad():
-                logits_BK = self._forward(z.clone(), training=False)
+                logits_BK = self._through(message, z)
             return Message("predictions", self.name, message.step, {"logits": logits_BK})
         if message.kind == "activations":
             return self._train(message, z)
@@ -109,7 +129,7 @@ class Server(Party):
         y_B = self._labels(message, z)
         self._check_piece(message)
         z = z.detach().requires_grad_()
-        out = self._forward(z.clone(), training=True)  # the stage may begin with an in-place layer
+        out = self._through(message, z)
         if self._loss is None or y_B is None:
             self._open[message.piece] = z, out
             self._begin_piece()
@@ -132,6 +152,13 @@ class Server(Party):
         right = (out.detach().argmax(dim=1) == y_B).sum()
         tensors = {"gradient": cast(Tensor, z.grad), "loss": loss.detach(), "right": right}
         return Message("gradients", self.name, message.step, tensors, message.piece, message.pieces)
+
+    def _through(self, message: Message, z: Tensor) -> Tensor:
+        """What the stage makes of `z`, here or in all processes that share it."""
+        training = message.kind == "activations"
+        if self.sharing is None:
+            return self._forward(z.clone(), training=training)  # the stage may begin with an in-place layer
+        return self.sharing.forward(z, (message.piece, message.pieces) if training else None)
 
     def _finish(self, message: Message) -> Message:
         """U-shaped: the backward pass of a piece, from the gradient at its features."""
@@ -193,6 +220,8 @@ class Server(Party):
         self._ended += 1
         if self._ended < message.pieces:
             return
+        if self.sharing is not None:
+            self.sharing.step()  # first: where it fails, the step is half done, and no state to keep
         self._begun = self._ended = 0
         if self.optimizer is not None:
             self.optimizer.step()

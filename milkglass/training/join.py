@@ -7,10 +7,11 @@ named), checkpoint/ and journal/, at the end bottom.safetensors, metrics.jsonl a
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 from milkglass.certificates import Credentials
 from milkglass.client import StepResult
@@ -19,8 +20,17 @@ from milkglass.parties import run_to_end
 from milkglass.randomness import KEY_BYTES, Source, read_key
 from milkglass.recipe import Recipe
 from milkglass.runs import ALARM, Checkpoint, RunFolder
+from milkglass.training.inputs import RECORDS, told
 from milkglass.training.rounds import Position, Seat, playing_epoch
-from milkglass.training.serve import JOURNAL_BYTES, Form, agreement, crossing, private_source
+from milkglass.training.serve import (
+    FAREWELL_SECONDS,
+    JOURNAL_BYTES,
+    Form,
+    agreement,
+    crossing,
+    known_run,
+    private_source,
+)
 from milkglass.training.setup import Share, crossing_shapes, deal_and_hash, make_client, owner_shapes, share_of
 from milkglass.training.split import (
     Progress,
@@ -35,19 +45,18 @@ from milkglass.training.split import (
 )
 from milkglass.transports.base import Flow
 from milkglass.transports.exactly_once import Sender
-from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent
+from milkglass.transports.grpc import GrpcTransport, Log, silent
 from milkglass.transports.wrappers import PackingTransport
-
-_FAREWELL_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
 class _Material:
-    """A client's records, what they hash to, and what follows from their form."""
+    """A client's records, what they hash to, what is kept of their form, and what follows from it."""
 
     share: Share
     form: Form
     digest: str
+    told: dict[str, Any]
 
 
 def join(
@@ -82,20 +91,21 @@ def join(
         folder = create(out, recipe, material.digest)
         with folder.locked():
             folder.check_alarm()
+            if folder.finished and not (folder.path / "journal").exists():
+                return folder.read_json("summary.json")
             private = private_source(folder, key)
             joining = Joining(recipe, folder, name, address, credentials, private, shared, material, log)
             try:
-                if folder.finished:
-                    joining.say_goodbye(log)
-                    return folder.read_json("summary.json")
                 joining.train(progress or Silence())
                 summary = joining.finish(made_key=key is None)
-                joining.say_goodbye(log)
+                heard = joining.say_goodbye(log)
             except (HijackError, EgressError) as error:
                 folder.write(ALARM, str(error).encode())
                 raise
             finally:
                 joining.transport.close()
+            if heard:
+                shutil.rmtree(folder.path / "journal")
     return summary
 
 
@@ -117,18 +127,8 @@ def _material(recipe: Recipe, name: str, shared: Source) -> _Material:
             f"{name}'s part of a record is {tuple(share.train.x.shape[1:])} in its file; expected {expected}: say how "
             "many columns each owner has in parties.vertical.parts"
         )
-    return _Material(
-        share, Form(shape, records.classes, crossing_shapes(recipe, shape, records.classes)), digest_of(records)
-    )
-
-
-def _known_run(folder: RunFolder) -> int:
-    if not (folder.path / "run.json").exists():
-        return RUN_UNKNOWN
-    number = folder.read_json("run.json").get("run")
-    if not isinstance(number, int):
-        raise RunError(f"{folder.path / 'run.json'}: damaged; expected a number")
-    return number
+    form = Form(shape, records.classes, crossing_shapes(recipe, shape, records.classes))
+    return _Material(share, form, digest_of(records), told(records))
 
 
 @final
@@ -157,7 +157,7 @@ class Joining:
             party=name,
             agreement=agreement(recipe, material.form, name),
             limits=crossing(recipe, material.form, name).to_client(),
-            run=_known_run(folder),
+            run=known_run(folder, "run.json"),
             entered=lambda run: folder.write_json("run.json", {"run": run}),
             patience_seconds=recipe.client.patience_seconds,
             answer_seconds=recipe.client.answer_seconds,
@@ -185,6 +185,7 @@ class Joining:
             self.lines.append(metrics_line(self.seat.position.epoch - 1, result))
             self.folder.write_metrics(self.lines)
             progress.epoch(self.lines[-1])
+        self._keep()
 
     def finish(self, *, made_key: bool) -> dict[str, Any]:
         """The trained stage and a summary."""
@@ -192,6 +193,7 @@ class Joining:
         self.folder.write_tensors("bottom.safetensors", client.stage.state_dict())
         if client.head is not None:
             self.folder.write_tensors("head.safetensors", client.head.state_dict())
+        self.folder.write_json(RECORDS, self._material.told)
         seconds = sum(line["seconds"] for line in self.lines)
         ledger = client.guards.ledger
         summary = {
@@ -213,19 +215,31 @@ class Joining:
         self.folder.write_json("summary.json", summary)
         return summary
 
-    def say_goodbye(self, log: Log) -> None:
-        """Tell the server that this client is done; the training does not hang on it."""
-        self.transport.patience_seconds = _FAREWELL_SECONDS
+    def say_goodbye(self, log: Log) -> bool:
+        """Tell the server that this client is done; whether it heard. The training does not hang on it."""
+        self.transport.patience_seconds = FAREWELL_SECONDS
         try:
             self.seat.client.leave("goodbye", 0, {})
             self.seat.client.take("receipt", 0)
         except LinkError as error:
             log("goodbye was not heard", reason=str(error))
+            return False
+        return True
 
     def _keep_if_due(self) -> None:
         sender = self.transport.sender
         waited = time.monotonic() - self._kept_seconds
         if waited < self.recipe.client.checkpoint_seconds and sender.size_bytes < JOURNAL_BYTES:
+            return
+        self._keep()
+
+    def _keep(self) -> None:
+        """A checkpoint, and new journals; nothing where nothing was sent since the last one.
+
+        Nor while a resumed client still says again what it said before: the journals hold more than it has done.
+        """
+        sender = self.transport.sender
+        if sender.number == self._kept_at or not sender.caught_up:
             return
         flows = [[*way, flow.messages, flow.wire_bytes] for way, flow in self.transport.traffic.flows.items()]
         progress = {"position": asdict(self.seat.position), "metrics": self.lines, "traffic": flows}

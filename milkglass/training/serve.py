@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from milkglass.certificates import Credentials
-from milkglass.errors import MilkglassError, RecipeError, RunError
+from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, nearest
 from milkglass.formats import EMBEDDED
+from milkglass.messages import Message
 from milkglass.randomness import Source, read_key, write_key
 from milkglass.recipe import Recipe
 from milkglass.runs import Checkpoint, RunFolder
@@ -29,19 +30,21 @@ from milkglass.training.setup import (
     crossing_shapes,
     deal_records,
     make_desk,
+    make_hop,
     network_parts,
 )
 from milkglass.training.split import computing_with, make_packings
 from milkglass.transports.agreement import Agreement, Crossing
-from milkglass.transports.exactly_once import Taker
-from milkglass.transports.grpc import Log, silent
+from milkglass.transports.exactly_once import Sender, Taker
+from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent
 from milkglass.transports.grpc_server import GrpcServer, Watch
-from milkglass.transports.wrappers import PackingService
+from milkglass.transports.wrappers import PackingService, PackingTransport
 
 NO_RECORDS: Final = "a server holds no records"
 JOURNAL_BYTES: Final = 256 << 20
 """A party keeps its state anew before its journal takes more than this."""
 _GRACE_SECONDS: Final = 2.0
+FAREWELL_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,36 @@ def private_source(folder: RunFolder, key: Path | None) -> Source:
     return read_key(own) if own.exists() else write_key(own)
 
 
+@dataclass(frozen=True)
+class Onward:
+    """How a hop reaches the next party: its own name, where that listens (HOST:PORT), and as whom it dials."""
+
+    hop: str
+    address: str
+    credentials: Credentials | None
+    log: Log = silent
+
+
 @final
 class Serving:
     """A server's training: its desk, what it has taken, and its checkpoints."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, private: Source) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, private: Source, onward: Onward | None = None) -> None:
         self.form = form_of(recipe)
         self.recipe, self.folder = recipe, folder
-        self.desk = make_desk(recipe, self.form.record_shape, self.form.classes, self.form.shapes, private)
+        self.name = recipe.parties.server if onward is None else onward.hop
         packings = make_packings(recipe, self.form.shapes)
-        self.crossings = {name: crossing(recipe, self.form, name) for name in recipe.parties.clients}
-        self.limits = {name: each.to_server() for name, each in self.crossings.items()}
-        self.run = _run_number(folder)
         checkpoint = folder.load_checkpoint()
+        form = (self.form.record_shape, self.form.classes, self.form.shapes)
+        self.onward: GrpcTransport | None = None
+        if onward is None:
+            self.desk = make_desk(recipe, *form, private)
+        else:
+            self.onward = _dial_on(recipe, self.form, folder, onward, checkpoint)
+            packed = PackingTransport(self.onward, packings[self.name]) if packings else self.onward
+            self.desk = make_hop(recipe, self.name, *form, private, packed)
+        self.limits = {name: crossing(recipe, self.form, name).to_server() for name in self.desk.clients}
+        self.run = _run_number(folder)
         self._kept_at = 0 if checkpoint is None else checkpoint.number
         self.taker = Taker(
             PackingService(self.desk, packings) if packings else self.desk,
@@ -145,30 +165,53 @@ class Serving:
             self.keep()
 
     def keep(self) -> None:
-        """A checkpoint, and a new journal."""
+        """A checkpoint, and a new journal; nothing where nothing came since the last one."""
+        if self.taker.count == self._kept_at or (self.onward is not None and not self.onward.sender.caught_up):
+            return
         tensors, told = self.taker.state()
-        parties = {self.recipe.parties.server: self.desk.state(), "answers": tensors}
-        self.folder.save_checkpoint(Checkpoint(self.taker.count, parties, {"lines": told}))
+        parties = {self.name: self.desk.state(), "answers": tensors}
+        progress: dict[str, Any] = {"lines": told}
+        if self.onward is not None:
+            progress["onward"] = self.onward.sender.number
+        self.folder.save_checkpoint(Checkpoint(self.taker.count, parties, progress))
         self.taker.rotate()
+        if self.onward is not None:
+            self.onward.sender.rotate()
         self._kept_at, self._kept_seconds = self.taker.count, time.monotonic()
 
     def finish(self) -> dict[str, Any]:
         """The trained stage and a summary, once every client has said goodbye."""
-        first = self.recipe.parties.clients[0]
-        self.folder.write_tensors("top.safetensors", self.desk.servers[first].stage.state_dict())
+        stage = self.desk.servers[self.desk.clients[0]].stage
+        self.folder.write_tensors("top.safetensors", stage.state_dict())
         summary = {
-            "party": self.recipe.parties.server,
-            "clients": list(self.recipe.parties.clients),
-            "messages": self.taker.count,
+            "party": self.name,
+            "clients": self.desk.clients,
+            "messages": self.taker.messages,
             "run": f"{self.run:016x}",
             "recipe_digest": self.recipe.digest(),
         }
         self.folder.write_json("summary.json", summary)
         return summary
 
+    def say_goodbye(self, log: Log) -> None:
+        """A hop tells the next party that the training is over; nothing hangs on it."""
+        if self.onward is None:
+            return
+        self.onward.patience_seconds = FAREWELL_SECONDS
+        try:
+            self.onward.exchange(Message("goodbye", self.name, 0))
+        except LinkError as error:
+            log("goodbye was not heard", reason=str(error))
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.taker.close()
+        if self.onward is not None:
+            self.onward.close()
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         try:
-            self.desk.load_state(checkpoint.parties[self.recipe.parties.server])
+            self.desk.load_state(checkpoint.parties[self.name])
             self.taker.load_state(checkpoint.parties["answers"], checkpoint.progress["lines"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             words = str(error).splitlines()[0]
@@ -183,6 +226,7 @@ def serve(
     credentials: Credentials | None,
     out: Path,
     *,
+    onward: Onward | None = None,
     key: Path | None = None,
     resume: bool = False,
     log: Log = silent,
@@ -191,15 +235,21 @@ def serve(
 ) -> dict[str, Any]:
     """Train with the recipe's clients until each has said goodbye; returns what summary.json holds.
 
-    listen: HOST:PORT. ready: called with the port once clients can come. SIGTERM and Ctrl-C end it with its state kept.
+    listen: HOST:PORT. onward: for a party in the middle of the way, where the rest of it is. ready: called with the
+    port once clients can come. SIGTERM and Ctrl-C end it with its state kept.
     Raises MilkglassError, one line, for what cannot be served.
     """
     with computing_with(recipe.threads):
         form_of(recipe)  # before the folder: what cannot be served leaves no trace
         folder = RunFolder.resume(out, recipe, NO_RECORDS) if resume else RunFolder.create(out, recipe, NO_RECORDS)
         with folder.locked():
-            serving = Serving(recipe, folder, private_source(folder, key))
-            return asyncio.run(_serve(serving, listen, credentials, log, watch, ready))
+            serving = Serving(recipe, folder, private_source(folder, key), onward)
+            try:
+                summary = asyncio.run(_serve(serving, listen, credentials, log, watch, ready))
+                serving.say_goodbye(log)
+            finally:
+                serving.close()
+            return summary
 
 
 async def _serve(
@@ -219,8 +269,9 @@ async def _serve(
 
     server = GrpcServer(
         serving.taker,
-        {name: agreement(recipe, serving.form, name) for name in recipe.parties.clients},
-        name=recipe.parties.server,
+        {name: agreement(recipe, serving.form, name) for name in serving.desk.clients},
+        name=serving.name,
+        in_thread=serving.onward is not None,
         run=serving.run,
         frame_bytes=max(limits.frame_bytes for limits in serving.limits.values()),
         taken=taken,
@@ -254,6 +305,38 @@ async def _serve(
             serving.keep()
         raise MilkglassError("stopped; nothing is lost: run it again with --resume, and its clients go on")
     return serving.finish()
+
+
+def _dial_on(
+    recipe: Recipe, form: Form, folder: RunFolder, onward: Onward, checkpoint: Checkpoint | None
+) -> GrpcTransport:
+    """A hop's way to the next party, with journals of its own."""
+    if onward.hop not in recipe.parties.hops:
+        raise RecipeError(f"{onward.hop!r} is not among the recipe's hops; {nearest(onward.hop, recipe.parties.hops)}")
+    number = 0 if checkpoint is None else int(checkpoint.progress["onward"])
+    return GrpcTransport(
+        onward.address,
+        onward.credentials,
+        Sender(folder.path / "onward", number),
+        party=onward.hop,
+        agreement=agreement(recipe, form, onward.hop),
+        limits=crossing(recipe, form, onward.hop).to_client(),
+        run=known_run(folder, "onward.json"),
+        entered=lambda run: folder.write_json("onward.json", {"run": run}),
+        patience_seconds=recipe.client.patience_seconds,
+        answer_seconds=recipe.client.answer_seconds,
+        log=onward.log,
+    )
+
+
+def known_run(folder: RunFolder, name: str) -> int:
+    """The number of the run that a client has been told, and kept in that file; 0 before."""
+    if not (folder.path / name).exists():
+        return RUN_UNKNOWN
+    number = folder.read_json(name).get("run")
+    if not isinstance(number, int):
+        raise RunError(f"{folder.path / name}: damaged; expected a number")
+    return number
 
 
 def _run_number(folder: RunFolder) -> int:

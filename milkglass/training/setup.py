@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from milkglass.desk import Desk
 from milkglass.errors import CutError, DataError, RecipeError
 from milkglass.guards import LeakageGuard, ReleaseLedger
 from milkglass.hijack import HijackGuard
+from milkglass.hop import Hop
 from milkglass.linkage import hash_ids, sorted_by_hash
 from milkglass.networks import build
 from milkglass.randomness import Source, public_source, rehearsal_source
@@ -37,16 +39,22 @@ from milkglass.transports.base import Transport
 
 @dataclass(frozen=True)
 class Parts:
-    """A network in the parts that parties hold: the client's first, the server's, U-shaped the client's last."""
+    """A network in the parts that parties hold: the client's first, the server's, U-shaped the client's last.
+
+    hops: those of the parties between client and server, in order.
+    """
 
     bottom: nn.Module
     middle: nn.Module
     head: nn.Module | None
+    hops: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What crosses, a record: the cut's activations, of each client; and U-shaped, what the server makes of them."""
+    """What crosses, a record: the cut's activations, of each client and each hop; U-shaped, what the server makes of
+    them.
+    """
 
     cut: Mapping[str, tuple[int, ...]]
     features: tuple[int, ...]
@@ -126,8 +134,13 @@ def network_parts(recipe: Recipe, shape: Sequence[int], classes: int, source: So
     model = build(network.name, tuple(shape), classes, settings, source.generator("weights"))
     bottom, rest = cut(model, at=recipe.cut.at)
     check_stages(bottom, rest)  # before parts of two networks are put together: afterwards nothing is shared any more
+    hops = []
+    for at in recipe.cut.hops:
+        hop, rest = cut(rest, at=at)
+        check_stages(hop, rest)
+        hops.append(hop)
     if recipe.cut.back_at is None:
-        return Parts(bottom, rest, None)
+        return Parts(bottom, rest, None, tuple(hops))
     middle, head = cut(rest, at=recipe.cut.back_at)
     check_stages(middle, head)
     return Parts(bottom, middle, head)
@@ -151,9 +164,13 @@ def crossing_shapes(recipe: Recipe, shape: Sequence[int], classes: int) -> Shape
     source = public_source(recipe.seed)
     whole = network_parts(recipe, shape, classes, source)
     wanted = _output(whole.bottom, shape)
-    features = _output(whole.middle, wanted)
+    cuts = dict.fromkeys(recipe.parties.clients, wanted)
+    crossed = wanted
+    for name, hop in zip(recipe.parties.hops, whole.hops, strict=True):
+        crossed = cuts[name] = _output(hop, crossed)
+    features = _output(whole.middle, crossed)
     if not recipe.parties.is_vertical:
-        return Shapes(dict.fromkeys(recipe.parties.clients, wanted), features)
+        return Shapes(cuts, features)
     cuts = {
         name: _output(network_parts(recipe, part, classes, source, owner=True).bottom, part)
         for name, part in owner_shapes(recipe, shape).items()
@@ -232,23 +249,39 @@ def make_client(
 def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes, private: Source) -> Desk:
     """The server's side: its stage drawn from the seed, one for each client in SplitFed 1, and who is served when."""
     public, parties = public_source(recipe.seed), recipe.parties
+    sent_by = (parties.hops or parties.clients)[-1]
 
     def server(cut_shape: tuple[int, ...] | None, source: Source) -> Server:
-        middle = network_parts(recipe, shape, classes, public).middle
-        if recipe.cut.back_at is None:
-            return Server(middle, optimizer(recipe, middle), cut_shape=cut_shape, name=parties.server, source=source)
-        return Server(
-            middle, optimizer(recipe, middle), loss=None, cut_shape=cut_shape, name=parties.server, source=source
-        )
+        stage = network_parts(recipe, shape, classes, public).middle
+        more: dict[str, Any] = {} if recipe.cut.back_at is None else {"loss": None}
+        return Server(stage, optimizer(recipe, stage), cut_shape=cut_shape, name=parties.server, source=source, **more)
 
-    if parties.mode == "splitfed1" and len(parties.clients) > 1:
+    if parties.hops:
+        servers = {sent_by: server(shapes.cut[sent_by], private)}
+    elif parties.mode == "splitfed1" and len(parties.clients) > 1:
         servers = {name: server(shapes.cut[name], private.derive(name)) for name in parties.clients}
     else:
-        axis = join_axis(recipe, shape)
-        joined = _joined(list(shapes.cut.values()), axis) if parties.is_vertical else shapes.cut[parties.clients[0]]
-        one = server(joined, private)
+        joined = _joined(list(shapes.cut.values()), join_axis(recipe, shape)) if parties.is_vertical else None
+        one = server(joined or shapes.cut[sent_by], private)
         servers = dict.fromkeys(parties.clients, one)
     return Desk(servers, parties.mode, public=public.derive("desk"), axis=join_axis(recipe, shape))
+
+
+def make_hop(
+    recipe: Recipe, name: str, shape: Sequence[int], classes: int, shapes: Shapes, private: Source, onward: Transport
+) -> Desk:
+    """The side of a party in the middle, which sends on over `onward`; its stage is drawn from the seed."""
+    parties = recipe.parties
+    before = previous_party(recipe, name)
+    stage = network_parts(recipe, shape, classes, public_source(recipe.seed)).hops[parties.hops.index(name)]
+    server = Server(stage, optimizer(recipe, stage), loss=None, cut_shape=shapes.cut[before], name=name, source=private)
+    return Desk({before: server}, public=public_source(recipe.seed), hop=Hop(server, onward))
+
+
+def previous_party(recipe: Recipe, name: str) -> str:
+    """Who sends to the hop, or the server, of that name: the client, or the hop before it."""
+    way = [recipe.parties.clients[0], *recipe.parties.hops, recipe.parties.server]
+    return way[way.index(name) - 1]
 
 
 def optimizer(recipe: Recipe, *stages: nn.Module) -> torch.optim.Optimizer | None:

@@ -26,6 +26,7 @@ from milkglass.recipe import Recipe
 from milkglass.runs import ALARM, Checkpoint, RunFolder
 from milkglass.server import Server
 from milkglass.training.evaluate import Evaluation, evaluate
+from milkglass.training.inputs import RECORDS, told
 from milkglass.training.rounds import EpochResult, Position, Seat, play_together, playing_epoch
 from milkglass.training.setup import (
     Shapes,
@@ -34,6 +35,7 @@ from milkglass.training.setup import (
     deal_and_hash,
     make_client,
     make_desk,
+    make_hop,
     share_of,
     shared_rehearsal_key,
 )
@@ -49,7 +51,7 @@ class Setup:
     recipe: Recipe
     records: Deal
     seats: tuple[Seat, ...]
-    desk: Desk
+    desks: Mapping[str, Desk]
     cautions: tuple[Caution, ...]
 
     @property
@@ -59,8 +61,13 @@ class Setup:
 
     @property
     def server(self) -> Server:
-        """The server that trains with the first client."""
-        return self.desk.servers[self.client.name]
+        """The one that trains with the first client (at the end of all hops)."""
+        return next(iter(self.desk.servers.values()))
+
+    @property
+    def desk(self) -> Desk:
+        """The server's side."""
+        return self.desks[self.recipe.parties.server]
 
     @property
     def transport(self) -> Transport:
@@ -111,11 +118,8 @@ def set_up(
     if records is None:
         records, hashes = deal_and_hash(recipe, shared=shared)
     shapes = crossing_shapes(recipe, records.record_shape, records.classes)
-    desk = make_desk(
-        recipe, records.record_shape, records.classes, shapes, rehearsal_source(recipe.seed, recipe.parties.server)
-    )
     packings = make_packings(recipe, shapes)
-    hub = LocalHub(PackingService(desk, packings) if packings else desk)
+    desks, hub = _way_to_server(recipe, records, shapes, packings)
     seats, cautions = [], []
     for name in names:
         source = private or rehearsal_source(recipe.seed, name)
@@ -131,7 +135,28 @@ def set_up(
         )
         seats.append(Seat(recipe, client, share, shared))
         cautions.append(told)
-    return Setup(recipe, records, tuple(seats), desk, cautions[0])
+    return Setup(recipe, records, tuple(seats), desks, cautions[0])
+
+
+def _way_to_server(
+    recipe: Recipe, records: Deal, shapes: Shapes, packings: Mapping[str, Packing]
+) -> tuple[dict[str, Desk], LocalHub]:
+    """The desks of the server and of the hops before it, by party, the first on the way first; and the way to that."""
+    parties, source = recipe.parties, rehearsal_source(recipe.seed, recipe.parties.server)
+    form = (records.record_shape, records.classes, shapes)
+
+    def hub_of(desk: Desk) -> LocalHub:
+        return LocalHub(PackingService(desk, packings) if packings else desk)
+
+    desks = {parties.server: make_desk(recipe, *form, source)}
+    hub = hub_of(desks[parties.server])
+    for name in reversed(parties.hops):
+        onward: Transport = LocalTransport(hub, name)
+        if packings:
+            onward = PackingTransport(onward, packings[name])
+        desk = make_hop(recipe, name, *form, rehearsal_source(recipe.seed, name), onward)
+        desks, hub = {name: desk, **desks}, hub_of(desk)
+    return desks, hub
 
 
 def make_packings(recipe: Recipe, shapes: Shapes) -> dict[str, Packing]:
@@ -215,6 +240,7 @@ def train(
                 folder.write(ALARM, str(error).encode())
                 raise
             write_stages(setup, folder)
+            folder.write_json(RECORDS, told(setup.records))
             folder.write_metrics(lines)
             summary = summarize(setup, lines, rehearsal=key is None)
             folder.write_json("summary.json", summary)
@@ -238,9 +264,9 @@ def metrics_line(epoch: int, result: EpochResult) -> dict[str, Any]:
     found = result.evaluation
     return {
         "epoch": epoch,
-        "loss": result.loss,
-        "train_accuracy": result.accuracy,
-        "accuracy": None if found is None else found.accuracy,
+        "loss": result.loss if result.told else None,
+        "train_accuracy": result.accuracy if result.told else None,
+        "accuracy": None if found is None or not result.told else found.accuracy,
         "distance_correlation": None if found is None else asdict(found.dependence),
         "seconds": result.seconds,
     }
@@ -252,6 +278,9 @@ def write_stages(setup: Setup, folder: RunFolder) -> None:
     if setup.client.head is not None:
         folder.write_tensors("head.safetensors", setup.client.head.state_dict())
     folder.write_tensors("top.safetensors", setup.server.stage.state_dict())
+    for name in setup.recipe.parties.hops:
+        (hop,) = setup.desks[name].servers.values()
+        folder.write_tensors(f"hop-{name}.safetensors", hop.stage.state_dict())
     if setup.recipe.parties.is_vertical:
         for seat in setup.seats[1:]:
             folder.write_tensors(f"bottom-{seat.client.name}.safetensors", seat.client.stage.state_dict())
@@ -361,7 +390,7 @@ def _checkpoint(setup: Setup, epoch: int, lines: list[dict[str, Any]]) -> Checkp
         for seat in setup.seats
     }
     parties: dict[str, Mapping[str, Tensor]] = {seat.client.name: seat.client.state() for seat in setup.seats}
-    parties[setup.recipe.parties.server] = setup.desk.state()
+    parties |= {name: desk.state() for name, desk in setup.desks.items()}
     return Checkpoint(epoch, parties, {"metrics": lines, "traffic": flows})
 
 
@@ -371,7 +400,8 @@ def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             seat.client.load_state(checkpoint.parties[seat.client.name])
             for direction, kind, messages, wire_bytes in checkpoint.progress["traffic"][seat.client.name]:
                 seat.client.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
-        setup.desk.load_state(checkpoint.parties[setup.recipe.parties.server])
+        for name, desk in setup.desks.items():
+            desk.load_state(checkpoint.parties[name])
         lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         words = str(error).splitlines()[0]

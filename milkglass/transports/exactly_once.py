@@ -55,12 +55,17 @@ class Sender:
         return self._expected if self._expected < self._next else None
 
     @property
+    def caught_up(self) -> bool:
+        """Whether a resumed client has said again all that it said before: until then its journals must stay."""
+        return not self._sent_before and not self._answered_before
+
+    @property
     def size_bytes(self) -> int:
         """What the journals take on the disk."""
         return self._outbox.size_bytes + self._inbox.size_bytes
 
-    def send(self, message: Message, run: int) -> bytes | None:
-        """Number and keep a message: the frame that must leave now, or None where its answer is here already.
+    def send(self, message: Message, run: int) -> tuple[bytes, bool]:
+        """Number and keep a message: its frame, and whether that must leave now: its answer may be here already.
 
         Raises RunError where a resumed client does not say again what it said before.
         """
@@ -80,9 +85,9 @@ class Sender:
         if number in self._answered_before:
             answer = self._answered_before.pop(number)
             self._answers[number] = decode(answer), len(answer)
-            return None
+            return frame, False
         self._unanswered[number] = frame
-        return frame
+        return frame, True
 
     def again(self) -> list[bytes]:
         """What must be sent again over a new connection, in order: the same bytes."""
@@ -111,6 +116,10 @@ class Sender:
         """A checkpoint was written, with every message answered: begin new journals, and remove the old ones."""
         if self.awaited is not None:
             raise RunError(f"message {self.awaited} is not answered yet: no time for a checkpoint")
+        if not self.caught_up:
+            raise RunError(f"{self._outbox.path} holds more than was said again: no time for a checkpoint")
+        if self._outbox.path == self._path("sent", self._next):
+            return  # nothing was said since the last one
         outbox, inbox = self._outbox, self._inbox
         self._begin(self._next)
         outbox.remove()
@@ -123,10 +132,13 @@ class Sender:
 
     def _begin(self, number: int) -> None:
         self._next = self._expected = number
-        self._outbox = Journal(self._folder / f"{number:012d}.sent")
-        self._inbox = Journal(self._folder / f"{number:012d}.received")
+        self._outbox = Journal(self._path("sent", number))
+        self._inbox = Journal(self._path("received", number))
         self._unanswered: dict[int, bytes] = {}
         self._answers: dict[int, tuple[Message, int]] = {}
+
+    def _path(self, what: str, number: int) -> Path:
+        return self._folder / f"{number:012d}.{what}"
 
 
 @dataclass
@@ -158,12 +170,18 @@ class Taker:
         self._lines = {party: _Line() for party in limits}
         self._unanswered: dict[tuple[str, int], bytes] = {}  # in the order in which they were taken
         self.count = count
-        self._inbox = Journal(folder / f"{count:012d}.received")
+        self._inbox = Journal(self._path())
+        self._broken: Exception | None = None
 
     @property
     def size_bytes(self) -> int:
         """What the journal takes on the disk."""
         return self._inbox.size_bytes
+
+    @property
+    def messages(self) -> int:
+        """All that were taken, of all clients."""
+        return sum(line.taken for line in self._lines.values())
 
     def owes(self, party: str) -> bool:
         """Whether a message of that client has no answer yet."""
@@ -179,6 +197,7 @@ class Taker:
 
     def check(self, party: str, frame: bytes) -> Message:
         """The message in a frame from `party`. Raises MessageError unless it is one that may come from there now."""
+        self._check_whole()
         message = decode(frame, self._limits[party], self._run)
         if message.party != party:
             raise MessageError(f"a frame of {message.party!r} came from {party!r}: that is the name in its certificate")
@@ -207,9 +226,20 @@ class Taker:
         return line.answers.get(message.number, b"")
 
     def take(self, party: str, message: Message, frame: bytes) -> Frames:
-        """Take a new message: the frames that are due now. It is kept before anything is answered."""
-        due = self._apply(party, message, frame)
-        self._inbox.append(frame)
+        """Take a new message: the frames that are due now. It is kept before anything is answered.
+
+        Raises MessageError where the service refuses it, which changes nothing. After any other error nothing more is
+        taken: what is in memory may be ahead of the journal, and is not to be built upon.
+        """
+        self._check_whole()
+        try:
+            due = self._apply(party, message, frame)
+            self._inbox.append(frame)
+        except MessageError:
+            raise
+        except Exception as error:
+            self._broken = error
+            raise
         self.count += 1
         return due
 
@@ -249,8 +279,11 @@ class Taker:
 
     def rotate(self) -> None:
         """A checkpoint was written: begin a new journal with what has no answer yet, and remove the old one."""
+        self._check_whole()
         old, held = self._inbox, list(self._unanswered.values())
-        self._inbox = Journal(self._folder / f"{self.count:012d}.received")
+        if old.path == self._path():
+            return  # nothing came since the last one
+        self._inbox = Journal(self._path())
         for frame in held:
             self._inbox.append(frame)
         old.remove()
@@ -258,6 +291,13 @@ class Taker:
     def close(self) -> None:
         """Close the file."""
         self._inbox.close()
+
+    def _path(self) -> Path:
+        return self._folder / f"{self.count:012d}.received"
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise RunError(f"nothing more is taken, after: {self._broken}") from self._broken
 
     def _apply(self, party: str, message: Message, frame: bytes) -> Frames:
         answers = self._service.receive(message)

@@ -123,10 +123,10 @@ class GrpcTransport(Transport):
     def send(self, message: Message) -> None:
         if self._run == RUN_UNKNOWN:
             self.connect()
-        frame = self.sender.send(message, self._run)
-        if frame is None:
-            return
+        frame, leaves = self.sender.send(message, self._run)
         self.traffic.count("to server", message.kind, len(frame))
+        if not leaves:
+            return
         self._outgoing.append(frame)
         if message.pieces > 1 and self._call is not None:
             for _ in range(3):  # enough for gRPC to take a frame; its threads do the rest while the next is computed
@@ -218,7 +218,7 @@ class GrpcTransport(Transport):
             if left <= 0:
                 raise LinkError(
                     f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
-                    f"{reason}; nothing is lost: run it again with --resume"
+                    f"{reason}; nothing is lost: run it again (join: with --resume)"
                 )
             self._log("dialing again", address=self._address, reason=reason)
             await asyncio.sleep(min(pause * self._jitter.uniform(0.5, 1.0), left))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from milkglass.codec import decode, encode
 from milkglass.errors import LinkError, MessageError, MilkglassError
 from milkglass.messages import Message
 from milkglass.transports.agreement import GREETINGS, Agreement, read_greeting
-from milkglass.transports.exactly_once import Frames, Taker
+from milkglass.transports.exactly_once import Frames
 from milkglass.transports.grpc import METHOD, Log, channel_options, silent
 
 _LONG_SECONDS: Final = 0.005
@@ -47,6 +47,26 @@ class Watch(Protocol):
 
     def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
         """A message was taken, and computed in so many seconds."""
+
+
+class Taking(Protocol):
+    """Who takes the clients' frames: a `Taker`, or where a message changes nothing, a `QueryTaker`."""
+
+    def owes(self, party: str) -> bool:
+        """Whether a message of that client waits for others before it is answered."""
+        ...
+
+    def check(self, party: str, frame: bytes) -> Message:
+        """The message in a frame from `party`. Raises MessageError unless it is one that may come from there now."""
+        ...
+
+    def again(self, party: str, message: Message, frame: bytes) -> bytes | None:
+        """The answer that it got before; b"" if that is still to come; None if it is new."""
+        ...
+
+    def take(self, party: str, message: Message, frame: bytes) -> Frames:
+        """Take a new one: the frames that are due now."""
+        ...
 
 
 @final
@@ -97,7 +117,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        taker: Taker,
+        taker: Taking,
         agreements: Mapping[str, Agreement],
         *,
         name: str,
@@ -107,9 +127,11 @@ class GrpcServer:
         may_begin: Callable[[], bool] = lambda: True,
         waits_for: Callable[[], list[str]] = list,
         heartbeat_seconds: float = 10.0,
+        in_thread: bool = False,
         watch: Watch | None = None,
         log: Log = silent,
     ) -> None:
+        self._in_thread = in_thread
         self._taker, self._agreements = taker, agreements
         self._name, self._run, self._frame_bytes = name, run, frame_bytes
         self._taken, self._may_begin, self._waits_for = taken, may_begin, waits_for
@@ -117,11 +139,12 @@ class GrpcServer:
         self._watch: Watch = watch or Unwatched()
         self._log = log
         self._connections: dict[str, _Connection] = {}
-        self._delayed: deque[tuple[str, Message, bytes]] = deque()
+        self._changed = asyncio.Event()  # set, and replaced, after each message that was taken
         self._turn = asyncio.Lock()
         self._seconds: dict[str, float] = {}  # how long the last message of a kind took
         # threads that compute are asked for in each thread anew, and they decide about the last bits
         self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (torch.get_num_threads(),))
+        self._in_hand: Counter[str] = Counter()
         self._failed: asyncio.Future[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -257,23 +280,39 @@ class GrpcServer:
             if answer:
                 await connection.push(answer)
             return
-        if message.kind == "activations" and message.piece == 0 and not self._may_begin():
-            self._delayed.append((connection.party, message, frame))
-            return
+        if message.kind == "activations" and message.piece == 0:
+            await self._until_it_may_begin(connection.party)
         await self._take(connection.party, message, frame)
-        while self._delayed and self._may_begin():
-            await self._take(*self._delayed.popleft())
+
+    async def _until_it_may_begin(self, party: str) -> None:
+        """Let others finish what is half done, where a checkpoint waits for that; more of this client's waits too.
+
+        A client that hangs up meanwhile takes its message with it, and sends it again when it comes back.
+        """
+        self._in_hand[party] += 1
+        try:
+            while not self._may_begin():
+                await self._changed.wait()
+        finally:
+            self._in_hand[party] -= 1
 
     async def _take(self, party: str, message: Message, frame: bytes) -> None:
-        if self._turn.locked() or self._seconds.get(message.kind, 0.0) > _LONG_SECONDS:
+        if self._in_thread or self._turn.locked() or self._seconds.get(message.kind, 0.0) > _LONG_SECONDS:
             # a client that hangs up must not stop what is being computed for it
             await asyncio.shield(asyncio.create_task(self._take_in_thread(party, message, frame)))
             return
         frames = self._take_now(party, message, frame)
-        self._taken()
+        self._was_taken()
         await self._deliver(frames, party)
 
     async def _take_in_thread(self, party: str, message: Message, frame: bytes) -> None:
+        self._in_hand[party] += 1
+        try:
+            await self._take_in_turn(party, message, frame)
+        finally:
+            self._in_hand[party] -= 1
+
+    async def _take_in_turn(self, party: str, message: Message, frame: bytes) -> None:
         async with self._turn:
             answer = self._taker.again(party, message, frame)
             if answer is not None:  # it came twice while another one was computed
@@ -281,8 +320,13 @@ class GrpcServer:
             else:
                 loop = asyncio.get_running_loop()
                 frames = await loop.run_in_executor(self._thread, self._take_now, party, message, frame)
-                self._taken()
+                self._was_taken()
         await self._deliver(frames, party)
+
+    def _was_taken(self) -> None:
+        self._taken()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def _deliver(self, frames: Frames, party: str) -> None:
         """To whoever is there; who is away asks again when it comes back."""
@@ -312,7 +356,7 @@ class GrpcServer:
             told = torch.frombuffer(bytearray(waits_for.encode()[:1024] or b" "), dtype=torch.uint8)
             frame = encode(Message("waits", self._name, 0, {"for": told}), self._run)
             for connection in list(self._connections.values()):
-                if self._taker.owes(connection.party):
+                if self._taker.owes(connection.party) or self._in_hand[connection.party]:
                     await _push_to(connection, frame)
 
     def _fail(self, error: MilkglassError) -> None:

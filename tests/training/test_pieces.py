@@ -1,4 +1,4 @@
-"""A batch in pieces: the bits of an unsplit loop that adds the same pieces up, and in float64 those of a whole batch."""
+"""A batch in pieces: the bits of an unsplit loop that adds the same pieces up; in float64 those of a whole batch."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_the_server_cannot_raise_a_clients_limits() -> None:
     shapes = crossing_shapes(loose, records.record_shape, records.classes)
     desk = make_desk(loose, records.record_shape, records.classes, shapes, Source(KEY))
     setup.client.transport = LocalTransport(LocalHub(desk), "client")
-    with pytest.raises(EgressError, match="limit is 0.05"):
+    with pytest.raises(EgressError, match=r"limit is 0\.05"):
         play_epoch(setup, 1)
 
 

@@ -73,8 +73,9 @@ def recipe_of(**tables: Any) -> Recipe:
 def unequal(recipe: Recipe, sizes: Sequence[int] = (64, 32, 40)) -> Setup:
     """Its parties, where the clients have so many records, and unlike many."""
     records = deal_records(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_records": 300})}))
-    joined = Records(*(torch.cat([getattr(part, what) for part in records.train.values()]) for what in ("x", "y")))
-    rows = torch.arange(sum(sizes)).split(list(sizes))
+    parts = list(records.train.values())
+    joined = Records(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+    rows = torch.split(torch.arange(sum(sizes)), list(sizes))
     train = {name: joined.take(part) for name, part in zip(recipe.parties.clients, rows, strict=True)}
     return set_up(recipe, records=replace(records, train=train))
 
@@ -90,16 +91,20 @@ class Whole:
         clients = [seat.client for seat in seats]
         self.bottoms = [copy.deepcopy(client.stage) for client in clients]
         self.head = nn.Identity() if clients[0].head is None else copy.deepcopy(clients[0].head)
-        self.top = copy.deepcopy(server.stage) if beside is None else beside.top
+        self.top: nn.Module = copy.deepcopy(server.stage) if beside is None else beside.top
         self._axis = axis
         self._draws = [client.source.generator("stage") for client in clients]
-        self._server_draws = server.source.generator("stage") if beside is None else beside._server_draws
+        self._server_draws: torch.Generator = (
+            server.source.generator("stage") if beside is None else beside._server_draws
+        )
         self._defenses = clients[0].defenses
         self._noises = [NoiseStream(client.source.derive("noise")) for client in clients]
         settings = seats[0].recipe.training
         own = _optimizer(settings.optimizer, nn.ModuleList([*self.bottoms, self.head]), settings.learning_rate)
-        top = _optimizer(settings.optimizer, self.top, settings.learning_rate) if beside is None else beside.optimizers[1]
-        self.optimizers = [own, top]
+        top = (
+            _optimizer(settings.optimizer, self.top, settings.learning_rate) if beside is None else beside.optimizers[1]
+        )
+        self.optimizers: list[torch.optim.Optimizer] = [own, top]
 
     def train(self, xs: Sequence[Tensor], y: Tensor, pieces: int = 1) -> None:
         """One batch: each owner's part of the records, in so many pieces, whose gradients add up in their order."""
@@ -157,7 +162,7 @@ class Whole:
 
 
 def _optimizer(name: str, part: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    parameters = list(part.parameters()) or [torch.zeros(1)]  # a stage may have nothing to learn
+    parameters = list(part.parameters()) or [nn.Parameter(torch.zeros(1))]  # a stage may have nothing to learn
     if name == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate)
     return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)

@@ -1,0 +1,81 @@
+"""A server's door: how many may stand in it, and how many came no further than it.
+
+gRPC itself turns away whoever fails the TLS handshake, and tells nobody. But it asks for the server's certificate before
+each handshake, so that what began can be counted; a connection on which no stream followed in time is a stranger's.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, final
+
+import grpc
+
+from milkglass.certificates import Credentials
+from milkglass.errors import LinkError
+
+IDLE_SECONDS: Final = 60.0
+"""A connection without a stream is closed after so long."""
+_MOST_CONNECTIONS: Final = 16_384  # a handshake that hangs takes 45 KB
+_OWN_FILES: Final = 256  # for checkpoints and journals: strangers must not take the last file descriptor
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+
+
+def most_connections() -> int:
+    """So many may be open at once; lets this process open as many files as it may for that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OWN_FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    else:
+        limit = wanted
+    return max(limit - _OWN_FILES, limit // 2)
+
+
+def check_plain(address: str) -> None:
+    """Raise LinkError unless HOST:PORT is on loopback: nowhere else may anything travel in plain text."""
+    if address.rpartition(":")[0] not in _LOOPBACK:
+        raise LinkError(f"{address}: plain text is for loopback alone ({', '.join(_LOOPBACK)}); expected certificates")
+
+
+@final
+class Door:
+    """Counts the connections that came to no stream within `seconds`."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._begun: deque[float] = deque()  # when; added to by gRPC's own threads
+        self._late = self._spoke = self._told = 0
+        self._peers: dict[str, float] = {}  # connections with a stream, and when it began; the oldest first
+
+    def credentials(self, credentials: Credentials) -> Any:
+        """For gRPC: mutual TLS, and every handshake that begins is counted."""
+        shown = grpc.ssl_server_certificate_configuration([(credentials.key, credentials.chain)], credentials.root)
+        return grpc.dynamic_ssl_server_credentials(shown, self.begins, require_client_authentication=True)
+
+    def begins(self) -> None:
+        """A connection was accepted."""
+        self._begun.append(self._clock())
+
+    def speaks(self, peer: str) -> None:
+        """A stream came over the connection of that peer."""
+        if self._peers.pop(peer, None) is None:
+            self._spoke += 1
+        self._peers[peer] = self._clock()
+
+    def strangers(self) -> int:
+        """How many connections came to nothing since this was asked last."""
+        now = self._clock()
+        while self._begun and self._begun[0] < now - self._seconds:
+            self._begun.popleft()
+            self._late += 1
+        while self._peers and next(iter(self._peers.values())) < now - 2 * IDLE_SECONDS:
+            del self._peers[next(iter(self._peers))]  # its next stream is another connection's, from the same port
+        new = max(self._late - self._spoke - self._told, 0)
+        self._told += new
+        return new
