@@ -32,6 +32,7 @@ class Worker:
         self.process = _SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
+        self.reported: Any = None
 
     def told(self, seconds: float = _START_SECONDS) -> Any:
         """The next thing that it says."""
@@ -42,7 +43,8 @@ class Worker:
     def work(self, count: int) -> float:
         """Let it work so many times; seconds by the clock."""
         self._pipe.send(count)
-        return float(self.told(_BLOCK_SECONDS))
+        seconds, self.reported = self.told(_BLOCK_SECONDS)
+        return float(seconds)
 
     @property
     def cpu_seconds(self) -> float:
@@ -63,11 +65,15 @@ class Worker:
 
 @final
 class Turn:
-    """In a worker: how many times it may still work. It begins with `warm_up` times, that nobody counts."""
+    """In a worker: how many times it may still work. It begins with `warm_up` times, that nobody counts.
 
-    def __init__(self, pipe: Connection, warm_up: int) -> None:
+    report: what the worker says of itself after each turn.
+    """
+
+    def __init__(self, pipe: Connection, warm_up: int, report: Callable[[], Any] = lambda: None) -> None:
         self._pipe = pipe
         self._left = warm_up
+        self._report = report
         self._began = time.perf_counter()
 
     def done(self) -> None:
@@ -75,7 +81,7 @@ class Turn:
         self._left -= 1
         if self._left:
             return
-        self._pipe.send(time.perf_counter() - self._began)
+        self._pipe.send((time.perf_counter() - self._began, self._report()))
         try:
             self._left = self._pipe.recv()
         except EOFError:

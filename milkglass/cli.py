@@ -266,10 +266,14 @@ def serve(
     """Be the server of a training between machines: wait for the recipe's clients, and train with them."""
     from milkglass.logs import party_log
     from milkglass.recipe import load_recipe
-    from milkglass.training.serve import Onward
+    from milkglass.training.serve import Onward, follow
     from milkglass.training.serve import serve as serve_recipe
+    from milkglass.training.sharded import following
 
     loaded = load_recipe(recipe, overrides or ())
+    if following():
+        follow(loaded)
+        return
     credentials = _credentials("server", tls, plaintext, listen)
     hop = None
     if onward is not None:

@@ -72,7 +72,7 @@ class Desk:
         self._trained = dict.fromkeys(self.clients, 0)  # records of each in this round
         self._order = self._turns()
         self._turn: str | None = None
-        self._turns_done = 0
+        self._turns_done: list[str] = []  # whose steps they were
         self._waiting: dict[str, deque[Message]] = {client: deque() for client in self.clients}
         self._matching: dict[str, Message] = {}
         self._gone: set[str] = set()
@@ -105,7 +105,8 @@ class Desk:
     def receive(self, message: Message) -> list[Addressed]:
         """Take a message of one client; the answers that are now due, to whom they may be.
 
-        Raises MessageError for what was not agreed; DataError where vertical owners' records do not match.
+        Raises MessageError for what was not agreed, to whoever sent it and before it has any effect; DataError where
+        vertical owners' records do not match.
         """
         if message.party not in self.servers:
             raise MessageError(f"{message.party!r} takes no part; those who do: {', '.join(self.clients)}")
@@ -123,8 +124,7 @@ class Desk:
             self._gone.add(message.party)
             return [(message.party, Message("receipt", self._name, message.step))]
         if self.mode == "vertical" and not self._alone:
-            self._waiting[message.party].append(message)
-            return list(self._joint())
+            return self._joint(message)
         if self._hop is not None:
             return [(message.party, self._hop.reply(message))]
         if message.kind == "queries":
@@ -136,6 +136,7 @@ class Desk:
             return [(message.party, self.servers[message.party].reply(message))]
         self._check_turn(message)
         if self.mode == "splitfed2":
+            self._check_held(message)
             self._waiting[message.party].append(message)
             return list(self._in_turn())
         return [(message.party, self._train(message))]
@@ -162,6 +163,26 @@ class Desk:
             order = torch.randperm(len(self.clients), generator=generator).tolist()
             yield from (self.clients[i] for i in order if self._batches[self.clients[i]] > index)
 
+    def _check_held(self, message: Message) -> None:
+        """splitfed2: refuse what could not be served when its turn comes: another client's message brings that about."""
+        server, waiting = self.servers[message.party], self._waiting[message.party]
+        if self._turn == message.party and not waiting:
+            return  # it is served now, and refused now
+        before = waiting[-1] if waiting else None
+        if before is not None and before.piece + 1 < before.pieces:
+            expected = (before.step, before.piece + 1, before.pieces)
+        else:
+            expected = (message.step, 0, message.pieces)
+        done = before is not None and before.piece + 1 == before.pieces
+        if message.kind == "returns" or (done and not server.holds_labels):
+            raise MessageError(f"{message.kind!r} of {message.party}: its features of step {message.step} are not out")
+        if (message.step, message.piece, message.pieces) != expected:
+            raise MessageError(
+                f"step {message.step} of {message.party}: piece {message.piece} of {message.pieces}; "
+                f"expected piece {expected[1]} of {expected[2]}, of step {expected[0]}"
+            )
+        server.check(message)
+
     def _in_turn(self) -> Iterator[Addressed]:
         while len(self._batches) == len(self.clients):
             self._turn = self._turn or next(self._order, None)
@@ -171,26 +192,30 @@ class Desk:
             yield party, self._train(self._waiting[party].popleft())
             if self.servers[party].resting:
                 self._turn = None
-                self._turns_done += 1
+                self._turns_done.append(party)
 
-    def _order_left(self) -> list[str]:
-        """splitfed2: whose steps are still to come in this round."""
-        if len(self._batches) < len(self.clients):
-            return self.clients
-        return list(self._turns())[self._turns_done :]
-
-    def _joint(self) -> Iterator[Addressed]:
-        """vertical: while each owner has sent something, answer what they sent together."""
-        while all(self._waiting.values()):
-            messages = [self._waiting[client].popleft() for client in self.clients]
-            yield from self._join(messages)
+    def _joint(self, newest: Message) -> list[Addressed]:
+        """vertical: once each owner has sent something, answer what they sent together."""
+        if newest.kind not in ("activations", "queries"):
+            raise MessageError(f"a server of several owners does not answer {newest.kind!r}")
+        labels = newest.kind == "activations" and newest.party == self.clients[0]
+        self.servers[newest.party].check(newest, part=True, labels=labels)
+        self._waiting[newest.party].append(newest)
+        if not all(self._waiting.values()):
+            return []
+        try:
+            answers = self._join([self._waiting[client][0] for client in self.clients])
+        except MessageError:
+            self._waiting[newest.party].pop()  # the others' stay: they do not fit what this one sent
+            raise
+        for waiting in self._waiting.values():
+            waiting.popleft()
+        return answers
 
     def _join(self, messages: Sequence[Message]) -> list[Addressed]:
         first = messages[0]
-        if any("activations" not in m.tensors or not m.tensors["activations"].dim() for m in messages):
-            raise MessageError(f"{first.kind!r} of {' or '.join(self.clients)}: expected activations")
         what = {(m.kind, m.step, m.piece, m.pieces, len(m.tensors["activations"])) for m in messages}
-        if len(what) > 1 or first.kind not in ("activations", "queries"):
+        if len(what) > 1:
             told = "; ".join(f"{m.party}: {m.kind!r} of step {m.step}, piece {m.piece}" for m in messages)
             raise MessageError(f"the owners do not send the same batch: {told}")
         parts = [message.tensors["activations"] for message in messages]
@@ -222,6 +247,8 @@ class Desk:
         batches = message.tensors.get("batches")
         if batches is None or batches.dtype != torch.int64 or batches.numel() != 1 or not 0 < int(batches) < 2**40:
             raise MessageError(f"'enters' of {message.party}: expected how many batches it has in an epoch")
+        if message.party in self._batches:
+            raise MessageError(f"'enters' of {message.party}: it has said so already")
         self._batches[message.party] = int(batches)
         receipt: Addressed = (message.party, Message("receipt", self._name, message.step))
         return [receipt, *(self._in_turn() if self.mode == "splitfed2" else ())]
@@ -236,7 +263,8 @@ class Desk:
         self._check_turn(message)
         if self.mode != "splitfed2" and not self.servers[message.party].resting:
             raise MessageError(f"'weights' of {message.party}: a training step of its is half done")
-        if self.mode == "splitfed2" and (self._waiting[message.party] or message.party in self._order_left()):
+        done = self._turns_done.count(message.party)
+        if self.mode == "splitfed2" and (self._waiting[message.party] or done != self._batches.get(message.party)):
             raise MessageError(f"'weights' of {message.party}: it still has batches in epoch {message.step}")
         self._left[place] = sealed.clone()
         answers: list[Addressed] = [(message.party, Message("receipt", self._name, message.step))]
@@ -255,7 +283,7 @@ class Desk:
         self._left = {place: sealed for place, sealed in self._left.items() if place[0] == self._round}
         self._trained = dict.fromkeys(self.clients, 0)
         self._round += 1
-        self._order, self._turn, self._turns_done = self._turns(), None, 0
+        self._order, self._turn, self._turns_done = self._turns(), None, []
 
     def _check_collect(self, message: Message) -> None:
         wanted = message.tensors.get("of")
@@ -295,7 +323,7 @@ class Desk:
         state = {
             "round": torch.tensor(self._round),
             "trained": torch.tensor([self._trained[client] for client in self.clients]),
-            "turns_done": torch.tensor(self._turns_done),
+            "turns_done": torch.tensor(len(self._turns_done)),
             "gone": torch.tensor([client in self._gone for client in self.clients]),
             "batches": torch.tensor([self._batches.get(client, 0) for client in self.clients]),
         }
@@ -308,7 +336,7 @@ class Desk:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, with nothing held: the messages that were come again."""
-        self._round, self._turns_done = int(state["round"]), int(state["turns_done"])
+        self._round = int(state["round"])
         self._trained = dict(zip(self.clients, state["trained"].tolist(), strict=True))
         self._batches = {c: n for c, n in zip(self.clients, state["batches"].tolist(), strict=True) if n}
         self._gone = {client for client, gone in zip(self.clients, state["gone"].tolist(), strict=True) if gone}
@@ -323,8 +351,7 @@ class Desk:
             round_, number = name.split(".")
             self._left[int(round_), self.clients[int(number)]] = tensor
         self._order, self._turn = self._turns(), None
-        for _ in range(self._turns_done):
-            next(self._order)
+        self._turns_done = [next(self._order) for _ in range(int(state["turns_done"]))]
 
     def _different(self) -> list[Server]:
         return list({id(server): server for server in self.servers.values()}.values())

@@ -6,6 +6,8 @@ from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from milkglass.errors import LinkError
+
 
 @final
 class PrometheusWatch:
@@ -18,16 +20,25 @@ class PrometheusWatch:
         self._messages = Counter("milkglass_messages", "Messages taken", ["party", "kind"], registry=registry)
         self._bytes = Counter("milkglass_received_bytes", "Bytes of them", ["party", "kind"], registry=registry)
         self._seconds = Histogram("milkglass_message_seconds", "Time to answer one", ["kind"], registry=registry)
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
-        self.port = server.server_port
+        try:
+            self._server, self._thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        except (OSError, OverflowError) as error:
+            raise LinkError(f"metrics at 127.0.0.1:{port}: {error}; expected a free port, 0 for any") from None
+        self.port = self._server.server_port
+
+    def close(self) -> None:
+        """Offer them no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
     def connected(self, parties: int) -> None:
         """So many clients are connected now."""
         self._connected.set(parties)
 
-    def refused(self, reason: str) -> None:
-        """Somebody was turned away."""
-        self._refused.labels(reason).inc()
+    def refused(self, reason: str, times: int = 1) -> None:
+        """Somebody was turned away, or several were."""
+        self._refused.labels(reason).inc(times)
 
     def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
         """A message was taken, and computed in so many seconds."""

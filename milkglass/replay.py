@@ -24,13 +24,25 @@ from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
 from milkglass.defenses.noise import Noise
 from milkglass.errors import AuditError, HijackError, MilkglassError, RunError
-from milkglass.messages import Message, Responder
+from milkglass.messages import Responder
 from milkglass.networks import build
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder
+from milkglass.sightings import InTwoHalves, Seen, Watch
 from milkglass.training.evaluate import BATCH
-from milkglass.training.split import Progress, Setup, Silence, batches_of, computing_with, digest_of, set_up, train
+from milkglass.training.setup import crossing_shapes
+from milkglass.training.split import (
+    Progress,
+    Setup,
+    Silence,
+    batches_of,
+    computing_with,
+    digest_of,
+    set_up,
+    train,
+    transport_to,
+)
 from milkglass.transcript import (
     Driven,
     Exposure,
@@ -43,7 +55,6 @@ from milkglass.transcript import (
     Trial,
     View,
 )
-from milkglass.transports.local import LocalTransport
 
 RELEASES_WHEN_REPEATED: Final = 10
 VALUES_TRAINED_ON: Final = 4096
@@ -90,6 +101,7 @@ def replay(
     Noise is drawn anew too, under a key of the audit's own. Exposures: `fresh`, one release of each record; where
     releases differ, `repeated`, ten of each; and, if asked for, `trained-on`, which replays the whole training.
     """
+    _check_replayable(run.recipe)
     with computing_with(run.recipe.threads):
         setup = load_parties(run)
         entitled = _entitlement(load_parties(reference))
@@ -101,20 +113,31 @@ def replay(
             notes.append("the client's key is not at hand: a training that is replayed is another client's")
         if random:
             trials.append(_trial(setup, entitled, knowledge, "repeated", RELEASES_WHEN_REPEATED))
-        if trained_on:
+        if trained_on and len(run.recipe.parties.clients) > 1:
+            notes.append(
+                "trained-on: not attacked, for a training of several clients is not replayed; what the server saw of "
+                "the private records over all epochs may tell more than is told here"
+            )
+        elif trained_on:
             trial, note = _trained_on(run, setup.records, entitled, progress or Silence())
             trials.append(trial)
             notes.append(note)
-    return Replay(
-        tuple(trials), setup.defense, reference.accuracy, membership=_membership(setup, knowledge), notes=tuple(notes)
-    )
+    membership = None
+    if _is_u_shaped(run.recipe):
+        notes.append("membership: not attacked, for the server has neither labels nor the network's last part")
+    else:
+        membership = _membership(setup, knowledge)
+    return Replay(tuple(trials), setup.defense, reference.accuracy, membership=membership, notes=tuple(notes))
 
 
 def load_parties(run: RunFolder) -> Setup:
     """The parties of a finished run with their trained weights, drawing noise under the audit's own key."""
-    setup = set_up(run.recipe, public_source(run.recipe.seed).derive("audit"))
+    setup = set_up(_in_one_piece(run.recipe), public_source(run.recipe.seed).derive("audit"))
     run.check_records(digest_of(setup.records))
-    for stage, name in ((setup.client.stage, "bottom.safetensors"), (setup.server.stage, "top.safetensors")):
+    stages = [(setup.client.stage, "bottom.safetensors"), (setup.server.stage, "top.safetensors")]
+    if setup.client.head is not None:
+        stages.append((setup.client.head, "head.safetensors"))
+    for stage, name in stages:
         try:
             stage.load_state_dict(run.read_tensors(name))
         except RuntimeError as error:
@@ -135,7 +158,12 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
     Where the client stops on its own, it is as far as it came. Then it releases the validation and the test records,
     once each.
     """
-    setup = set_up(recipe, private, records=records, wrap=lambda _: LocalTransport(server))
+    recipe = _in_one_piece(recipe)
+    setup = set_up(recipe, private, records=records)
+    name = setup.client.name
+    shapes = crossing_shapes(recipe, records.record_shape, records.classes)
+    responder = InTwoHalves(server, shapes.features) if _is_u_shaped(recipe) else server
+    setup.client.transport = transport_to(responder, recipe, shapes, name)
     part = records.train[setup.client.name]
     done, epoch, stopped, by_guard = 0, 0, None, False
     try:
@@ -153,7 +181,9 @@ def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, ste
 
 
 def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
-    """(records) -> (N, 2 K): the reference's class probabilities, and the label as one of K."""
+    """(records) -> (N, 2 K): the reference's class probabilities, and the label as one of K; U-shaped: nothing."""
+    if _is_u_shaped(reference.recipe):
+        return lambda records: torch.zeros(len(records), 0)
 
     def entitled(records: Records) -> Tensor:
         logits_NK = torch.cat([reference.client.predict(part)[0] for part in torch.split(records.x, BATCH)])
@@ -164,7 +194,7 @@ def _entitlement(reference: Setup) -> Callable[[Records], Tensor]:
 
 
 def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
-    recipe, records, stage = run.recipe, setup.records, setup.client.stage.eval()
+    recipe, records, stage = _in_one_piece(run.recipe), setup.records, setup.client.stage.eval()
     for parameter in (*stage.parameters(), *setup.server.stage.parameters()):
         parameter.requires_grad_(False)  # an attack differentiates by the record, and never trains a party
     private = _first_key(run)
@@ -232,7 +262,9 @@ def _trial(
     view = View(
         known=pairs(records.auxiliary),
         validation=pairs(records.validation),
-        target=Release(test.activations, test.entitled, test.labels, test.repeats),
+        target=Release(
+            test.activations, test.entitled, None if _is_u_shaped(setup.recipe) else test.labels, test.repeats
+        ),
         exposure=exposure,
         release=lambda x: release_all(client, x),
         knowledge=knowledge,
@@ -274,21 +306,22 @@ def _trained_on(
     by one. A record that was in no batch of a group's epochs (the last, shorter one is dropped) has its mean over the
     other groups there; one that never crossed is no target.
     """
-    recipe, name = run.recipe, run.recipe.parties.clients[0]
+    recipe, name = _in_one_piece(run.recipe), run.recipe.parties.clients[0]
     setup = set_up(recipe, _first_key(run), records=records)
     part = records.train[name]
     first = part.x[: min(len(part), len(records.test))]
     epochs = recipe.training.epochs
-    watch = _Watch(setup.server)
-    setup.client.transport = LocalTransport(watch)
+    watch = Watch(setup.server)
+    shapes = crossing_shapes(recipe, records.record_shape, records.classes)
+    setup.client.transport = transport_to(watch, recipe, shapes, name)
     owned = (records.auxiliary, records.validation)
     source = public_source(recipe.seed).derive("audit")
     draws, dropout = source.generator("moments"), source.generator("dropout")
     width = setup.client.rehearse(first[:1], dropout, training=False).numel()
     kept = min(epochs, max(1, VALUES_TRAINED_ON // width))
     moments_of = [torch.randperm(len(own), generator=draws) for own in owned]
-    seen = [_Seen(len(own), kept) for own in owned]
-    targets = _Seen(len(first), kept)
+    seen = [Seen(len(own), kept) for own in owned]
+    targets = Seen(len(first), kept)
     for epoch in range(1, epochs + 1):
         batches, group = batches_of(setup, epoch), (epoch - 1) * kept // epochs
         for step, rows in enumerate(batches):
@@ -309,47 +342,26 @@ def _trained_on(
     )
     means, crossed = targets.means()
     of = part.take(crossed)
-    view = View(known, validation, Release(means, entitled(of), of.y), exposure="trained-on")
+    labels = None if _is_u_shaped(recipe) else of.y
+    view = View(known, validation, Release(means, entitled(of), labels), exposure="trained-on")
     note = f"trained-on: {len(of)} private records as they crossed in {epochs} epochs, averaged in {kept} groups"
     return Trial(view, of.x, of.attributes), note
 
 
-class _Seen:
-    """What was seen of N records: sums of releases, (N, ...) a group of epochs, and how many there were."""
-
-    def __init__(self, records: int, groups: int) -> None:
-        self._sums: list[Tensor | None] = [None] * groups
-        self._times_GN = torch.zeros(groups, records)
-
-    def add(self, group: int, rows: Tensor, sent: Tensor) -> None:
-        """One release of each of these records."""
-        sums = self._sums[group]
-        if sums is None:
-            sums = self._sums[group] = torch.zeros(self._times_GN.shape[1], *sent.shape[1:], dtype=sent.dtype)
-        sums[rows] += sent
-        self._times_GN[group, rows] += 1
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means of the n records that were seen at all, and which these are, (n,).
-
-        The groups stand side by side in the first dimension of a release: (n, groups * D), or (n, groups * A, h, w).
-        """
-        sums_GN = torch.stack([sums for sums in self._sums if sums is not None])
-        crossed = self._times_GN.sum(0).nonzero()[:, 0]
-        sums_Gn = sums_GN[:, crossed]
-        times_Gn = self._times_GN[:, crossed].reshape(*sums_Gn.shape[:2], *[1] * (sums_Gn.ndim - 2))
-        means_Gn = torch.where(times_Gn > 0, sums_Gn / times_Gn.clamp_min(1), sums_Gn.sum(0) / times_Gn.sum(0))
-        return means_Gn.transpose(0, 1).flatten(1, 2), crossed
+def _check_replayable(recipe: Recipe) -> None:
+    """Raise AuditError for a way of training whose views are not made yet."""
+    if recipe.parties.is_vertical or recipe.parties.hops:
+        way = "vertical" if recipe.parties.is_vertical else "multi-hop"
+        raise AuditError(
+            f"a {way} run is not replayed yet; record what one party received and audit that: milkglass audit "
+            "--activations A.npy --records X.npy"
+        )
 
 
-class _Watch:
-    """An honest server that remembers the activations it was sent last."""
+def _is_u_shaped(recipe: Recipe) -> bool:
+    return recipe.cut.back_at is not None
 
-    def __init__(self, server: Responder) -> None:
-        self._server = server
-        self.last = torch.empty(0)
 
-    def reply(self, message: Message) -> Message:
-        """The honest answer."""
-        self.last = message.tensors["activations"].clone()
-        return self._server.reply(message)
+def _in_one_piece(recipe: Recipe) -> Recipe:
+    """The same training with whole batches: what crosses is the same, and whoever stands in needs not count pieces."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batches": 1})})

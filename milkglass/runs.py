@@ -101,9 +101,7 @@ class RunFolder:
         folder = cls(path, _read_recipe(path))
         missing = [name for name in needed or FINISHED if not (path / name).is_file()]
         if missing:
-            raise RunError(
-                f"run folder {path}: half-written, {missing[0]} is missing; finish it with --resume"
-            )
+            raise RunError(f"run folder {path}: half-written, {missing[0]} is missing; finish it with --resume")
         return folder
 
     @property

@@ -47,7 +47,8 @@ class Server(Party):
     """Holds the top stage; and, unless `loss` is None, the labels that clients send along, and the loss.
 
     loss: None for U-shaped training. cut_shape: of one record's activations (without the batch), where it is agreed on
-    beforehand; else the first message sets it.
+    beforehand; else the first message sets it. classes: K, where it is known: then labels are checked before anything
+    is computed.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Server(Party):
         *,
         loss: Loss | None = F.cross_entropy,
         cut_shape: tuple[int, ...] | None = None,
+        classes: int | None = None,
         name: str = "server",
         source: Source | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class Server(Party):
         self.name = name
         self.sharing: Sharing | None = None
         self._loss = loss
+        self._classes = classes
         self._agreed = None if cut_shape is None else (torch.Size(cut_shape), torch.float32)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}  # U-shaped: piece -> activations, features with their graph
         self._begun = self._ended = 0  # pieces of the training batch that is under way
@@ -73,6 +76,11 @@ class Server(Party):
     def resting(self) -> bool:
         """Whether no training step is half done."""
         return self._begun == 0
+
+    @property
+    def holds_labels(self) -> bool:
+        """Whether the loss is here; else a batch is answered with features, and their gradient comes back."""
+        return self._loss is not None
 
     def snapshot(self) -> Server:
         """A server that answers queries as this one would now, and never learns."""
@@ -99,11 +107,7 @@ class Server(Party):
     def _reply(self, message: Message) -> Message:
         if message.kind == "returns":
             return self._finish(message)
-        z = message.tensors.get("activations")
-        if z is None or not z.is_floating_point():
-            raise MessageError(
-                f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}"
-            )
+        z = self._activations(message)
         self._check_activations(message, z)
         if message.kind == "queries":
             with torch.no_grad():
@@ -112,6 +116,29 @@ class Server(Party):
         if message.kind == "activations":
             return self._train(message, z)
         raise MessageError(f"a server does not answer {message.kind!r}")
+
+    def check(self, message: Message, *, part: bool = False, labels: bool = True) -> None:
+        """Raise MessageError for activations that could not be served: for who holds them back until others came.
+
+        part: they are one owner's, of several whose join is served. labels: whether they come with labels.
+        """
+        z = self._activations(message)
+        if not part:
+            self._check_activations(message, z)
+        elif z.dim() < 2 or not len(z):
+            raise MessageError(f"{message.kind!r} of {message.party}: expected activations, got none of any record")
+        elif not finite(z):
+            raise MessageError(f"{message.kind!r} of {message.party}: activations are not finite (NaN or infinity)")
+        if labels:
+            self._labels(message, z)
+
+    def _activations(self, message: Message) -> Tensor:
+        z = message.tensors.get("activations")
+        if z is None or not z.is_floating_point():
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: expected activations, got {shapes(message.tensors)}"
+            )
+        return z
 
     def _check_activations(self, message: Message, z: Tensor) -> None:
         """Raise MessageError unless `z` has the shape and type agreed on (the first one's), and is finite."""
@@ -136,11 +163,7 @@ class Server(Party):
             return Message(
                 "features", self.name, message.step, {"features": out.detach()}, message.piece, message.pieces
             )
-        if y_B.min() < 0 or y_B.max() >= out.shape[1]:
-            raise MessageError(
-                f"{message.kind!r} of {message.party}: labels from {y_B.min()} to {y_B.max()}; "
-                f"expected 0 to {out.shape[1] - 1}"
-            )
+        self._check_range(message, y_B, out.shape[1])
         loss = self._loss(out, y_B)
         if not finite(loss.detach()):
             raise MilkglassError(
@@ -196,7 +219,16 @@ class Server(Party):
             raise MessageError(
                 f"{message.kind!r} of {message.party}: expected an int64 label for each of {len(z)} records"
             )
+        if self._classes is not None:
+            self._check_range(message, y_B, self._classes)
         return y_B
+
+    def _check_range(self, message: Message, y_B: Tensor, classes: int) -> None:
+        if y_B.min() < 0 or y_B.max() >= classes:
+            raise MessageError(
+                f"{message.kind!r} of {message.party}: labels from {y_B.min()} to {y_B.max()}; "
+                f"expected 0 to {classes - 1}"
+            )
 
     def _check_piece(self, message: Message) -> None:
         """Raise MessageError unless this piece of a training batch is the next one."""

@@ -2,11 +2,11 @@
 
 Legend: B records in a batch, `...` an activation's own shape.
 
-Synchronous data parallelism with torch's DistributedDataParallel (Li et al. 2020, VLDB, arXiv 2006.15704). Rank 0 is the
-server that clients talk to (`Crew`), the others do as it says (`follow`). It alone keeps a checkpoint and the loss.
+Synchronous data parallelism with torch's DistributedDataParallel (Li et al. 2020, VLDB, arXiv 2006.15704). Rank 0 is
+the server that clients talk to (`Crew`), the others do as it says (`follow`). It alone has the loss and a checkpoint.
 
-- Every rank gets as many rows as the others: the last ones are filled up with copies of the first row, whose outputs are
-  dropped and whose gradients are zero. So a batch may be smaller than the number of ranks.
+- Every rank gets as many rows as the others: the last ones are filled up with copies of the first row, whose outputs
+  are dropped and whose gradients are zero. So a batch may be smaller than the number of ranks.
 - A rank's gradient is of its rows' part of the whole batch's loss; all ranks' add up to the whole batch's gradient.
   DistributedDataParallel takes the mean, so a rank first multiplies by the number of ranks.
 - Gradients meet once a step, in the backward pass of its last piece. Each rank then steps its own optimizer, and as
@@ -266,8 +266,8 @@ class Crew:
             except (RuntimeError, ValueError) as error:
                 self._broken = _first_line(error)
         raise MilkglassError(
-            f"the {self.ranks} processes that share the server's stage no longer work together ({self._broken}); nothing "
-            "is lost: start torchrun again with --resume, and the clients go on"
+            f"the {self.ranks} processes that share the server's stage no longer work together ({self._broken}); "
+            "nothing is lost: start torchrun again with --resume, and the clients go on"
         )
 
 
@@ -329,7 +329,7 @@ def _shards(rows: Tensor, ranks: int, filling: Tensor) -> list[Tensor]:
     """Equally many rows for each rank, in order; where they do not suffice, `filling` (1, ...)."""
     each = -(-len(rows) // ranks)
     missing = each * ranks - len(rows)
-    return list(torch.cat([rows, *[filling] * missing]).contiguous().split(each))
+    return list(torch.cat([rows, *[filling] * missing]).contiguous().chunk(ranks))
 
 
 def _dealt(links: Links, room: Tensor, shards: list[Tensor] | None = None) -> Tensor:

@@ -34,7 +34,12 @@ def _desk(mode: Mode, *, u_shaped: bool = False, names: tuple[str, ...] = NAMES,
             stage = nn.Linear(width, 3)
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
         return Server(
-            stage, optimizer, loss=None if u_shaped else F.cross_entropy, cut_shape=(width,), source=Source(KEY)
+            stage,
+            optimizer,
+            loss=None if u_shaped else F.cross_entropy,
+            cut_shape=(width,),
+            classes=3,
+            source=Source(KEY),
         )
 
     if mode == "splitfed1":
@@ -221,14 +226,63 @@ def _changes() -> Iterator[tuple[str, Message]]:
 
 @pytest.mark.parametrize(("words", "message"), list(_changes()), ids=[words for words, _ in _changes()])
 def test_owners_who_send_different_batches(words: str, message: Message) -> None:
-    for order in (1, -1):
-        desk = _desk("vertical", names=("ann", "ben"), width=8)
-        first, second = [_batch("ann"), message][::order]
-        before = {name: tensor.clone() for name, tensor in desk.state().items()}
-        assert desk.receive(first) == []
-        with pytest.raises(MessageError, match=words):
-            desk.receive(second)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in desk.state().items())
+    desk = _desk("vertical", names=("ann", "ben"), width=8)
+    assert desk.receive(_batch("ann")) == []
+    _refused(desk, message, words)
+    assert [to for to, _ in desk.receive(_bare("ben"))] == ["ann", "ben"], "who was refused may do better"
+    desk = _desk("vertical", names=("ann", "ben"), width=8)
+    if words in ("expected activations", "not finite"):
+        _refused(desk, message, words)  # at once: the other owner is not told of this one's fault
+        return
+    assert desk.receive(message) == []
+    _refused(desk, _batch("ann"), words)
+
+
+def _faults() -> Iterator[tuple[str, Message]]:
+    yield "piece 1 of 2; expected piece 0 of 2", _batch("ben", 0, 1, 2)
+    yield "labels from 0 to 3; expected 0 to 2", _batch("ben", labels=Y + (Y == 2))
+    yield "expected an int64 label", _bare("ben")
+    yield "not finite", _batch("ben", activations=Z / 0)
+    yield "do not have the shape agreed on", _batch("ben", activations=Z[:, :3])
+    yield "expected activations", Message("activations", "ben", 0, {"labels": Y})
+    yield "its features of step 0 are not out", Message("returns", "ben", 0, {"gradient": Z})
+
+
+@pytest.mark.parametrize(("words", "message"), list(_faults()), ids=[words for words, _ in _faults()])
+def test_in_drawn_turns_a_fault_is_told_to_whoever_made_it(words: str, message: Message) -> None:
+    desk = _desk("splitfed2")
+    _refused(desk, message, words)
+    desk.receive(_batch("ben", 0, 0, 2))
+    _refused(desk, _batch("ben", 1), "step 1 of ben: piece 0 of 1; expected piece 1 of 2, of step 0")
+    desk.receive(_batch("ben", 0, 1, 2))
+    _refused(desk, message, words)
+    _enter_all(desk)
+    told = [to for name in ("ann", "cas") for to, _ in desk.receive(_batch(name))]
+    assert sorted(told) == ["ann", "ben", "ben", "cas"]
+
+
+def test_in_drawn_turns_a_second_batch_waits_for_the_gradient_of_the_first_ones_features() -> None:
+    desk = _desk("splitfed2", u_shaped=True)
+    desk.receive(_bare("ben"))
+    _refused(desk, _bare("ben", 1), "'activations' of ben: its features of step 1 are not out")
+    _refused(desk, _batch("ann"), "labels, where they stay with the client")
+
+
+def test_nobody_says_twice_how_many_batches_it_has() -> None:
+    desk = _desk("splitfed2")
+    desk.receive(Message("enters", "ann", 0, {"batches": torch.tensor([2**40 - 1])}))
+    _refused(desk, Message("enters", "ann", 0, {"batches": torch.tensor([1])}), "it has said so already")
+    _refused(desk, _weights("ann"), "it still has batches in epoch 1")  # in no time, however many it claims
+    for name in ("ben", "cas"):
+        desk.receive(Message("enters", name, 0, {"batches": torch.tensor([1])}))
+    _refused(desk, _weights("ann"), "it still has batches in epoch 1")
+
+
+@pytest.mark.parametrize("kind", ["returns", "features", "predictions", "gradients"])
+def test_owners_send_activations_alone(kind: Kind) -> None:
+    desk = _desk("vertical", names=("ann", "ben"), width=8)
+    for name in desk.clients:
+        _refused(desk, Message(kind, name, 0, {"activations": Z}), f"does not answer '{kind}'")
 
 
 def test_owners_parts_of_another_width_than_agreed_are_refused_from_the_first_one_on() -> None:
@@ -241,10 +295,7 @@ def test_owners_parts_of_another_width_than_agreed_are_refused_from_the_first_on
 
 def test_the_first_owner_alone_has_labels() -> None:
     desk = _desk("vertical", names=("ann", "ben"), width=8)
-    desk.receive(_bare("ann"))
-    with pytest.raises(MessageError, match="expected an int64 label for each of 6 records"):
-        desk.receive(_batch("ben"))
-    desk = _desk("vertical", names=("ann", "ben"), width=8)
+    _refused(desk, _bare("ann"), "expected an int64 label for each of 6 records")
     desk.receive(_batch("ann"))
     answers = dict(desk.receive(_bare("ben")))
     assert set(answers["ann"].tensors) == {"gradient", "loss", "right"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +18,18 @@ from milkglass.attacks.base import Attack
 from milkglass.attacks.mean_record import MeanRecord
 from milkglass.attacks.ridge import Ridge
 from milkglass.cli import main
+from milkglass.compression.quantize import Int8
 from milkglass.cuts import cut
-from milkglass.errors import RunError
+from milkglass.errors import AuditError, MilkglassError, RunError
 from milkglass.leakage.distance_correlation import distance_correlation
 from milkglass.messages import Message
 from milkglass.networks import build
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
-from milkglass.replay import _Watch, drive, find_reference, load_parties, release_all, replay
+from milkglass.replay import drive, find_reference, load_parties, release_all, replay
 from milkglass.runs import RunFolder
 from milkglass.server import Server
+from milkglass.sightings import Watch
 from milkglass.training.setup import deal_records
 from milkglass.training.split import batches_of, set_up, train
 from milkglass.transports.local import LocalTransport
@@ -375,8 +378,95 @@ def test_a_replayed_training_is_the_runs_own_noise_and_all(tmp_path: Path) -> No
     sent: dict[tuple[int, int], torch.Tensor] = {}
     for epoch in (1, 2):
         for rows in batches_of(setup, epoch):
-            setup.client.transport = LocalTransport(watch := _Watch(setup.server))
+            setup.client.transport = LocalTransport(watch := Watch(setup.server))
             setup.client.step(part.x[rows], part.y[rows])
             sent |= {(epoch, int(row)): z for row, z in zip(rows, watch.last, strict=True)}
     for row, z in enumerate(trial.view.target.activations):
         assert torch.equal(z, torch.cat([sent[1, row], sent[2, row]]))
+
+
+U_SHAPED = {"cut": {"at": "hidden1", "back_at": "hidden2"}}
+
+
+def test_a_u_shaped_run_entitles_its_server_to_nothing_and_tells_it_no_labels(tmp_path: Path) -> None:
+    recipe = small_recipe(**U_SHAPED)
+    train(recipe, tmp_path / "run")
+    run = RunFolder.open_finished(tmp_path / "run")
+    made = replay(run, find_reference(run), trained_on=True)
+    assert made.membership is None
+    assert any("membership: not attacked" in note for note in made.notes)
+    for trial in made.trials:
+        assert trial.view.target.labels is None
+        assert trial.view.target.entitled.shape[1] == trial.view.known.entitled.shape[1] == 0
+    assert made.reference_accuracy == run.accuracy
+
+
+def test_a_u_shaped_client_can_be_driven_by_one_who_answers_with_gradients() -> None:
+    recipe = small_recipe(**U_SHAPED)
+    records = deal_records(recipe)
+
+    class Flat:
+        def reply(self, message: Message) -> Message:
+            z = message.tensors["activations"]
+            tensors = {
+                "gradient": torch.zeros_like(z),
+                "loss": torch.zeros(()),
+                "right": torch.zeros((), dtype=torch.int64),
+            }
+            return Message("gradients", "server", message.step, tensors)
+
+    driven = drive(recipe, records, rehearsal_source(recipe.seed, "client"), Flat(), 5)
+    untrained = set_up(recipe).client  # zero gradients teach the first stage nothing
+    assert driven.steps == 5
+    assert driven.stopped is None
+    assert torch.equal(driven.target, release_all(untrained, records.test.x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"parties": {"clients": ["a", "b"], "mode": "vertical", "vertical": {"axis": 2}}}, "vertical"),
+        ({"cut": {"at": "hidden1", "hops": ["hidden2"]}, "parties": {"hops": ["hop"]}}, "multi-hop"),
+    ],
+)
+def test_ways_that_are_not_replayed_are_refused_with_a_way_out(
+    changes: dict[str, Any], way: str, tmp_path: Path
+) -> None:
+    settings = {"hidden": [16, 12, 8]}
+    changes = {"network": {"name": "mlp", "settings": settings}, **changes}
+    if way == "vertical":
+        changes["parties"]["vertical"]["owner_settings"] = {"hidden": [8]}
+        changes["network"]["settings"] = {"hidden": [16]}
+    train(small_recipe(**changes), tmp_path / "run")
+    run = RunFolder.open_finished(tmp_path / "run")
+    with pytest.raises(AuditError, match=f"a {way} run is not replayed yet; .* --activations"):
+        replay(run, run)
+
+
+def test_several_clients_are_audited_by_their_releases_and_the_report_says_what_is_not_covered(tmp_path: Path) -> None:
+    train(small_recipe(parties={"clients": ["a", "b"], "mode": "splitfed1"}), tmp_path / "run")
+    run = RunFolder.open_finished(tmp_path / "run")
+    made = replay(run, find_reference(run), trained_on=True)
+    assert [trial.view.exposure for trial in made.trials] == ["fresh"]
+    assert any("a training of several clients is not replayed" in note for note in made.notes)
+
+
+def test_a_driven_client_sends_compressed_and_in_pieces_what_its_recipe_says() -> None:
+    plain, packed = (
+        small_recipe(training={"epochs": 2, "batch_size": 32, "micro_batches": pieces}, wire={"compress": compress})
+        for pieces, compress in ((1, "none"), (4, "int8"))
+    )
+    records = deal_records(plain)
+    seen: list[torch.Tensor] = []
+
+    class Keeper:
+        def reply(self, message: Message) -> Message:
+            seen.append(message.tensors["activations"].clone())
+            raise MilkglassError("enough")
+
+    for recipe in (plain, packed):
+        with pytest.raises(AuditError, match="enough"):
+            drive(recipe, records, rehearsal_source(recipe.seed, "client"), Keeper(), 1)
+    assert seen[0].shape == seen[1].shape
+    assert not torch.equal(*seen)
+    assert torch.equal(seen[1], Int8().round_trip(seen[0]))

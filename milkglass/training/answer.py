@@ -28,8 +28,9 @@ from milkglass.server import Server
 from milkglass.training.serve import Form, agreement, crossing, form_of, known_run
 from milkglass.training.setup import network_parts
 from milkglass.training.split import computing_with, make_packings
+from milkglass.transports.door import Watch
 from milkglass.transports.grpc import RUN_UNKNOWN, Log, silent
-from milkglass.transports.grpc_server import GrpcServer, Watch
+from milkglass.transports.grpc_server import GrpcServer
 from milkglass.transports.queries import QueryTaker
 from milkglass.transports.wrappers import PackingService
 

@@ -115,7 +115,7 @@ def _from_npy(path: Path, form: RecordForm) -> RawRecords:
             f"columns as the data had them, then {codes} columns of category codes"
         )
     categorical = array[:, numbers:]
-    if not np.array_equal(categorical, np.floor(categorical)):
+    if not (np.isfinite(categorical) & (categorical == np.floor(categorical))).all():
         raise DataError(f"{where}: category codes that are no whole numbers, in the last {codes} columns")
     return raw_table(array[:, :numbers], categorical.astype(np.int64), unlabeled, where)
 

@@ -23,6 +23,7 @@ from milkglass.messages import Message
 from milkglass.randomness import Source, read_key, write_key
 from milkglass.recipe import Recipe
 from milkglass.runs import Checkpoint, RunFolder
+from milkglass.server import Server
 from milkglass.training.evaluate import BATCH
 from milkglass.training.setup import (
     Shapes,
@@ -33,11 +34,14 @@ from milkglass.training.setup import (
     make_hop,
     network_parts,
 )
+from milkglass.training.sharded import follow as follow_rank_0
+from milkglass.training.sharded import sharing_out
 from milkglass.training.split import computing_with, make_packings
 from milkglass.transports.agreement import Agreement, Crossing
+from milkglass.transports.door import Watch
 from milkglass.transports.exactly_once import Sender, Taker
 from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent
-from milkglass.transports.grpc_server import GrpcServer, Watch
+from milkglass.transports.grpc_server import GrpcServer
 from milkglass.transports.wrappers import PackingService, PackingTransport
 
 NO_RECORDS: Final = "a server holds no records"
@@ -117,7 +121,14 @@ class Onward:
 class Serving:
     """A server's training: its desk, what it has taken, and its checkpoints."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, private: Source, onward: Onward | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        private: Source,
+        onward: Onward | None = None,
+        share: Callable[[Server], None] = lambda _: None,
+    ) -> None:
         self.form = form_of(recipe)
         self.recipe, self.folder = recipe, folder
         self.name = recipe.parties.server if onward is None else onward.hop
@@ -131,6 +142,7 @@ class Serving:
             self.onward = _dial_on(recipe, self.form, folder, onward, checkpoint)
             packed = PackingTransport(self.onward, packings[self.name]) if packings else self.onward
             self.desk = make_hop(recipe, self.name, *form, private, packed)
+        share(self.desk.servers[self.desk.clients[0]])
         self.limits = {name: crossing(recipe, self.form, name).to_server() for name in self.desk.clients}
         self.run = _run_number(folder)
         self._kept_at = 0 if checkpoint is None else checkpoint.number
@@ -240,16 +252,27 @@ def serve(
     Raises MilkglassError, one line, for what cannot be served.
     """
     with computing_with(recipe.threads):
-        form_of(recipe)  # before the folder: what cannot be served leaves no trace
-        folder = RunFolder.resume(out, recipe, NO_RECORDS) if resume else RunFolder.create(out, recipe, NO_RECORDS)
-        with folder.locked():
-            serving = Serving(recipe, folder, private_source(folder, key), onward)
+        form = form_of(recipe)  # before the folder: what cannot be served leaves no trace
+        hop = None if onward is None else onward.hop
+        create = RunFolder.resume if resume else RunFolder.create
+        with (
+            sharing_out(recipe, form.record_shape, form.classes, hop, log) as share,
+            (folder := create(out, recipe, NO_RECORDS)).locked(),
+        ):
+            serving = Serving(recipe, folder, private_source(folder, key), onward, share)
             try:
                 summary = asyncio.run(_serve(serving, listen, credentials, log, watch, ready))
                 serving.say_goodbye(log)
             finally:
                 serving.close()
             return summary
+
+
+def follow(recipe: Recipe) -> None:
+    """Under torchrun, be another process than the first: share the computing of the stage that that one serves."""
+    with computing_with(recipe.threads):
+        form = form_of(recipe)
+        follow_rank_0(recipe, form.record_shape, form.classes)
 
 
 async def _serve(

@@ -254,7 +254,8 @@ def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes
     def server(cut_shape: tuple[int, ...] | None, source: Source) -> Server:
         stage = network_parts(recipe, shape, classes, public).middle
         more: dict[str, Any] = {} if recipe.cut.back_at is None else {"loss": None}
-        return Server(stage, optimizer(recipe, stage), cut_shape=cut_shape, name=parties.server, source=source, **more)
+        more |= {"cut_shape": cut_shape, "classes": classes}
+        return Server(stage, optimizer(recipe, stage), name=parties.server, source=source, **more)
 
     if parties.hops:
         servers = {sent_by: server(shapes.cut[sent_by], private)}

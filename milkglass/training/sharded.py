@@ -57,8 +57,8 @@ def sharing_out(
     coupled = couples_records(_stage(recipe, shape, classes, _place(recipe, hop)))
     if coupled:
         raise CutError(
-            f"BatchNorm ({coupled[0]}) in the server's stage takes its statistics over a whole batch, and under torchrun "
-            "each process has a part of one: use nn.GroupNorm, or serve it without torchrun"
+            f"BatchNorm ({coupled[0]}) in the server's stage takes its statistics over a whole batch, and under "
+            "torchrun each process has a part of one: use nn.GroupNorm, or serve it without torchrun"
         )
     with linked() as links:
         crew = Crew(links)

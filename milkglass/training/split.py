@@ -21,6 +21,7 @@ from milkglass.cuts import Caution, flops_per_sample
 from milkglass.data import Deal
 from milkglass.desk import Desk
 from milkglass.errors import HijackError, RunError
+from milkglass.messages import Responder
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.runs import ALARM, Checkpoint, RunFolder
@@ -40,7 +41,7 @@ from milkglass.training.setup import (
     shared_rehearsal_key,
 )
 from milkglass.transports.base import Flow, Traffic, Transport
-from milkglass.transports.local import LocalHub, LocalTransport
+from milkglass.transports.local import LocalHub, LocalTransport, Sole
 from milkglass.transports.wrappers import Packing, PackingService, PackingTransport, packing
 
 
@@ -157,6 +158,15 @@ def _way_to_server(
         desk = make_hop(recipe, name, *form, rehearsal_source(recipe.seed, name), onward)
         desks, hub = {name: desk, **desks}, hub_of(desk)
     return desks, hub
+
+
+def transport_to(responder: Responder, recipe: Recipe, shapes: Shapes, name: str) -> Transport:
+    """The way of the client of that name to one that stands in the server's place, compressed as the recipe says."""
+    packings = make_packings(recipe, shapes)
+    if not packings:
+        return LocalTransport(responder)
+    hub = LocalHub(PackingService(Sole(responder, name), packings))
+    return PackingTransport(LocalTransport(hub, name), packings[name])
 
 
 def make_packings(recipe: Recipe, shapes: Shapes) -> dict[str, Packing]:

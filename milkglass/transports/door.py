@@ -1,7 +1,7 @@
 """A server's door: how many may stand in it, and how many came no further than it.
 
-gRPC itself turns away whoever fails the TLS handshake, and tells nobody. But it asks for the server's certificate before
-each handshake, so that what began can be counted; a connection on which no stream followed in time is a stranger's.
+gRPC itself turns away whoever fails the TLS handshake, and tells nobody. But before each handshake it asks for
+the server's certificate, so what began can be counted; a connection on which no stream follows in time is a stranger's.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 import grpc
+from grpc_health.v1 import health, health_pb2_grpc
 
 from milkglass.certificates import Credentials
 from milkglass.errors import LinkError
@@ -22,6 +23,33 @@ IDLE_SECONDS: Final = 60.0
 _MOST_CONNECTIONS: Final = 16_384  # a handshake that hangs takes 45 KB
 _OWN_FILES: Final = 256  # for checkpoints and journals: strangers must not take the last file descriptor
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Watch(Protocol):
+    """Who counts what happens at the server's door."""
+
+    def connected(self, parties: int) -> None:
+        """So many clients are connected now."""
+
+    def refused(self, reason: str, times: int = 1) -> None:
+        """Somebody was turned away, or several were; `reason` is one of a few words."""
+
+    def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
+        """A message was taken, and computed in so many seconds."""
+
+
+@final
+class Unwatched:
+    """Nobody counts."""
+
+    def connected(self, parties: int) -> None:
+        """Do nothing."""
+
+    def refused(self, reason: str, times: int = 1) -> None:
+        """Do nothing."""
+
+    def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
+        """Do nothing."""
 
 
 def most_connections() -> int:
@@ -79,3 +107,23 @@ class Door:
         new = max(self._late - self._spoke - self._told, 0)
         self._told += new
         return new
+
+
+@final
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """The gRPC health protocol; who asks is no stranger."""
+
+    def __init__(self, door: Door) -> None:
+        self._inner = health.aio.HealthServicer()
+        self._door = door
+        self.set, self.end = self._inner.set, self._inner.enter_graceful_shutdown
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - the protocol's own name
+        """The state now."""
+        self._door.speaks(context.peer())
+        return await self._inner.Check(request, context)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Every change of it."""
+        self._door.speaks(context.peer())
+        await self._inner.Watch(request, context)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,28 @@ from milkglass.transports.journal import Journal
 
 Frames = list[tuple[str, bytes]]
 """Frames, each with the party that it is for."""
+
+
+class Taking(Protocol):
+    """Who takes the clients' frames: a `Taker`, or where a message changes nothing, a `QueryTaker`."""
+
+    def owes(self, party: str) -> bool:
+        """Whether a message of that client waits for others before it is answered."""
+        ...
+
+    def check(self, party: str, frame: bytes) -> Message:
+        """The message in a frame from `party`. Raises MessageError unless it is one that may come from there now."""
+        ...
+
+    def again(self, party: str, message: Message, frame: bytes) -> bytes | None:
+        """The answer that it got before; b"" if that is still to come; None if it is new."""
+        ...
+
+    def take(self, party: str, message: Message, frame: bytes) -> Frames:
+        """Take a new one: the frames that are due now."""
+        ...
+
+
 _FIRST: Final = 0
 
 

@@ -10,77 +10,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import grpc
 import grpc.aio
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from milkglass.certificates import Credentials
 from milkglass.codec import decode, encode
-from milkglass.errors import LinkError, MessageError, MilkglassError
+from milkglass.errors import LinkError, MessageError, MilkglassError, RunError
 from milkglass.messages import Message
 from milkglass.transports.agreement import GREETINGS, Agreement, read_greeting
-from milkglass.transports.exactly_once import Frames
+from milkglass.transports.door import IDLE_SECONDS, Door, Health, Unwatched, Watch, check_plain, most_connections
+from milkglass.transports.exactly_once import Frames, Taking
 from milkglass.transports.grpc import METHOD, Log, channel_options, silent
 
 _LONG_SECONDS: Final = 0.005
-_GREETING_SECONDS: Final = 20.0
-_HANDSHAKE_MILLISECONDS: Final = 10_000
-_STREAMS_PER_CONNECTION: Final = 8
-
-
-class Watch(Protocol):
-    """Who counts what happens at the server's door."""
-
-    def connected(self, parties: int) -> None:
-        """So many clients are connected now."""
-
-    def refused(self, reason: str) -> None:
-        """Somebody was turned away; `reason` is one of a few words."""
-
-    def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
-        """A message was taken, and computed in so many seconds."""
-
-
-class Taking(Protocol):
-    """Who takes the clients' frames: a `Taker`, or where a message changes nothing, a `QueryTaker`."""
-
-    def owes(self, party: str) -> bool:
-        """Whether a message of that client waits for others before it is answered."""
-        ...
-
-    def check(self, party: str, frame: bytes) -> Message:
-        """The message in a frame from `party`. Raises MessageError unless it is one that may come from there now."""
-        ...
-
-    def again(self, party: str, message: Message, frame: bytes) -> bytes | None:
-        """The answer that it got before; b"" if that is still to come; None if it is new."""
-        ...
-
-    def take(self, party: str, message: Message, frame: bytes) -> Frames:
-        """Take a new one: the frames that are due now."""
-        ...
-
-
-@final
-class Unwatched:
-    """Nobody counts."""
-
-    def connected(self, parties: int) -> None:
-        """Do nothing."""
-
-    def refused(self, reason: str) -> None:
-        """Do nothing."""
-
-    def message(self, party: str, kind: str, wire_bytes: int, seconds: float) -> None:
-        """Do nothing."""
+_END_SECONDS: Final = 0.2
+_STREAMS: Final = 8
+_WORDS: Final = 1000
+"""So long may a reason be: it travels in a header."""
 
 
 @dataclass(eq=False)
@@ -89,21 +45,13 @@ class _Connection:
 
     party: str
     context: Any
-    outgoing: deque[bytes] = field(default_factory=deque)
-    writing: bool = False
-    last_sign: float = field(default_factory=time.monotonic)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def push(self, *frames: bytes) -> None:
-        """Write frames to the client, in order; never two at a time."""
-        self.outgoing.extend(frames)
-        if self.writing:
-            return
-        self.writing = True
-        try:
-            while self.outgoing:
-                await self.context.write(self.outgoing.popleft())
-        finally:
-            self.writing = False
+    async def push(self, frame: bytes) -> None:
+        """Write a frame to the client, after those before it: who does not read its answers must wait with more."""
+        with contextlib.suppress(Exception):  # it hung up meanwhile: it asks again when it comes back
+            async with self.writing:
+                await self.context.write(frame)
 
 
 @final
@@ -111,8 +59,9 @@ class GrpcServer:
     """Takes the messages of the clients that `agreements` names, and gives them their answers.
 
     agreements: for each client what the handshake compares. taken: called after every message, in the loop, while
-    nothing is being computed; the place for checkpoints. waits_for: for whom held answers wait. Plain text (credentials
-    None) is for loopback alone: there a client is whom it says it is.
+    nothing is being computed; the place for checkpoints. waits_for: for whom held answers wait. handshake_seconds,
+    greeting_seconds: what a stranger may take for either. Plain text (credentials None) is for loopback alone: there a
+    client is whom it says it is.
     """
 
     def __init__(
@@ -127,6 +76,8 @@ class GrpcServer:
         may_begin: Callable[[], bool] = lambda: True,
         waits_for: Callable[[], list[str]] = list,
         heartbeat_seconds: float = 10.0,
+        handshake_seconds: float = 10.0,
+        greeting_seconds: float = 20.0,
         in_thread: bool = False,
         watch: Watch | None = None,
         log: Log = silent,
@@ -136,6 +87,8 @@ class GrpcServer:
         self._name, self._run, self._frame_bytes = name, run, frame_bytes
         self._taken, self._may_begin, self._waits_for = taken, may_begin, waits_for
         self._heartbeat = heartbeat_seconds
+        self._handshake_seconds, self._greeting_seconds = handshake_seconds, greeting_seconds
+        self._door = Door(handshake_seconds + 1.0)
         self._watch: Watch = watch or Unwatched()
         self._log = log
         self._connections: dict[str, _Connection] = {}
@@ -145,19 +98,21 @@ class GrpcServer:
         # threads that compute are asked for in each thread anew, and they decide about the last bits
         self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (torch.get_num_threads(),))
         self._in_hand: Counter[str] = Counter()
+        self._greeting: Counter[str] = Counter()  # streams of each that have not been let in yet
         self._failed: asyncio.Future[None] | None = None
         self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()
-        self._beating: asyncio.Task[None] | None = None
-        self._pushes: set[asyncio.Task[None]] = set()
+        self._health = Health(self._door)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._plain = False
 
     async def start(self, address: str, credentials: Credentials | None) -> int:
         """Listen at HOST:PORT (port 0: a free one); returns the port. Raises LinkError where that is not possible."""
         options = [
             *channel_options(self._frame_bytes, self._heartbeat),
-            ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
-            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
+            ("grpc.max_concurrent_streams", _STREAMS),
+            ("grpc.max_allowed_incoming_connections", most_connections()),
+            ("grpc.server_handshake_timeout_ms", int(self._handshake_seconds * 1000)),
+            ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
             ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.so_reuseport", 0),
@@ -169,19 +124,19 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             if credentials is None:
+                check_plain(address)
                 port = self._server.add_insecure_port(address)
             else:
-                key = [(credentials.key, credentials.chain)]
-                port = self._server.add_secure_port(
-                    address, grpc.ssl_server_credentials(key, credentials.root, require_client_auth=True)
-                )
+                port = self._server.add_secure_port(address, self._door.credentials(credentials))
         except RuntimeError:
             port = 0  # what gRPC says goes to its own log
         if port == 0:
             raise LinkError(f"cannot listen at {address}: it is in use, or no address of this machine")
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        self._beating = asyncio.create_task(self._beat())
+        self._spawn(self._beat())
+        if credentials is not None:
+            self._spawn(self._watch_door())
         return int(port)
 
     async def run_until(self, over: asyncio.Event) -> None:
@@ -197,70 +152,99 @@ class GrpcServer:
         """Let nobody in any more, and end what is under way after so many seconds at most."""
         if self._server is None:
             return
-        await self._health.enter_graceful_shutdown()
-        if self._beating is not None:
-            self._beating.cancel()
+        await self._health.end()
         await self._server.stop(grace_seconds)
+        for task in self._tasks:
+            task.cancel()
         async with self._turn:  # what is being computed is finished and kept
             self._thread.shutdown()
 
     # One client.
 
     async def _talk(self, _: object, context: Any) -> None:
-        connection: _Connection | None = None
+        peer, connection = context.peer(), None
+        self._door.speaks(peer)
         try:
             connection = await self._let_in(context)
+            await connection.push(encode(self._welcome(connection.party)))
             while (frame := await context.read()) is not grpc.aio.EOF:
                 await self._handle(connection, frame)
+            await asyncio.sleep(_END_SECONDS)  # where the stream broke, this is cancelled
+            self._leave(connection, peer)
         except MessageError as error:
             await self._turn_away(context, grpc.StatusCode.INVALID_ARGUMENT, "message", str(error), connection)
         except MilkglassError as error:
-            self._fail(error)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await _give_up(context, error)
+        except asyncio.CancelledError:
+            if connection is not None:
+                words = f"it hung up, the connection broke, or a frame longer than {self._frame_bytes} bytes came"
+                self._leave(connection, peer, reason=words)
+            raise
         finally:
-            if connection is not None and self._connections.get(connection.party) is connection:
-                del self._connections[connection.party]
-                self._watch.connected(len(self._connections))
-                self._log("disconnected", party=connection.party)
+            if connection is not None:
+                self._leave(connection, peer, reason="refused")
+
+    def _leave(self, connection: _Connection, peer: str, **reason: str) -> None:
+        if self._connections.get(connection.party) is connection:
+            del self._connections[connection.party]
+            self._watch.connected(len(self._connections))
+            self._log("disconnected", party=connection.party, peer=peer, **reason)
 
     async def _let_in(self, context: Any) -> _Connection:
         """Who it is, and whether both hold the same recipe. Aborts the stream where it may not come in."""
-        refused = grpc.StatusCode.PERMISSION_DENIED
+        codes = grpc.StatusCode
         names = context.auth_context().get("x509_common_name", [])
         if not self._plain and len(names) != 1:
-            await self._turn_away(context, refused, "no name", "the certificate has no single common name")
-        try:
-            async with asyncio.timeout(_GREETING_SECONDS):
-                frame = await context.read()
-        except TimeoutError:
-            frame = grpc.aio.EOF
-        if frame is grpc.aio.EOF:
-            await self._turn_away(context, grpc.StatusCode.DEADLINE_EXCEEDED, "silent", "no greeting came")
-        hello = decode(frame, GREETINGS)
-        party = hello.party if self._plain else names[0].decode(errors="replace")
+            await self._turn_away(context, codes.PERMISSION_DENIED, "no name", "the certificate has no common name")
+        name = "" if self._plain else names[0].decode(errors="replace")
+        if not self._plain and name not in self._agreements:
+            words = f"{name!r} is not among the clients of this run"
+            await self._turn_away(context, codes.PERMISSION_DENIED, "unknown name", words)
+        hello = await self._greeted(context, name)
+        party = hello.party if self._plain else name
         if hello.kind != "hello" or hello.party != party:
             words = f"the certificate is {party!r}'s, the greeting {hello.party!r}'s"
-            await self._turn_away(context, refused, "false name", words)
+            await self._turn_away(context, codes.PERMISSION_DENIED, "false name", words)
         if party not in self._agreements:
             words = f"{party!r} is not among the clients of this run"
-            await self._turn_away(context, refused, "unknown name", words)
+            await self._turn_away(context, codes.PERMISSION_DENIED, "unknown name", words)
         told = read_greeting(hello)
         difference = self._agreements[party].difference(told)
         if difference is not None:
             words = f"the parties do not agree: {difference} (here: {self._name}; there: {party})"
-            await self._turn_away(context, grpc.StatusCode.FAILED_PRECONDITION, "another recipe", words)
+            await self._turn_away(context, codes.FAILED_PRECONDITION, "another recipe", words)
         if told.get("run") not in (0, self._run):
             words = "it began another run than the one that is served here"
-            await self._turn_away(context, grpc.StatusCode.FAILED_PRECONDITION, "another run", words)
+            await self._turn_away(context, codes.FAILED_PRECONDITION, "another run", words)
         if party in self._connections:
             words = f"{party} is connected already; the name is free once that connection misses its heartbeats"
-            await self._turn_away(context, grpc.StatusCode.ALREADY_EXISTS, "there already", words)
+            await self._turn_away(context, codes.ALREADY_EXISTS, "there already", words)
         connection = self._connections[party] = _Connection(party, context)
         self._watch.connected(len(self._connections))
         self._log("connected", party=party, peer=context.peer())
-        welcome = Message("welcome", self._name, 0, {"told": self._agreements[party].told(run=self._run)})
-        await connection.push(encode(welcome))
         return connection
+
+    async def _greeted(self, context: Any, name: str) -> Message:
+        """The greeting; so many streams of one name may be without one at a time."""
+        if self._greeting[name] >= _STREAMS:
+            words = f"{_STREAMS} streams of {name or 'this machine'} have not greeted yet"
+            await self._turn_away(context, grpc.StatusCode.UNAVAILABLE, "too many streams", words)
+        self._greeting[name] += 1
+        try:
+            async with asyncio.timeout(self._greeting_seconds):
+                frame = await context.read()
+        except TimeoutError:
+            words = f"no greeting came for {self._greeting_seconds:g} seconds"
+            await self._turn_away(context, grpc.StatusCode.DEADLINE_EXCEEDED, "silent", words)
+        finally:
+            self._greeting[name] -= 1
+        if frame is grpc.aio.EOF:
+            words = f"it hung up before a greeting, or a frame longer than {self._frame_bytes} bytes came"
+            await self._turn_away(context, grpc.StatusCode.INVALID_ARGUMENT, "no greeting", words)
+        return decode(frame, GREETINGS)
+
+    def _welcome(self, party: str) -> Message:
+        return Message("welcome", self._name, 0, {"told": self._agreements[party].told(run=self._run)})
 
     async def _turn_away(
         self, context: Any, code: grpc.StatusCode, why: str, words: str, connection: _Connection | None = None
@@ -268,8 +252,9 @@ class GrpcServer:
         """Tell, log and count a refusal, and end the stream (this raises)."""
         self._watch.refused(why)
         party = {} if connection is None else {"party": connection.party}
-        self._log("refused", why=why, reason=words, peer=context.peer(), **party)
-        await context.abort(code, words)
+        self._log("refused", why=why, reason=words[:_WORDS], peer=context.peer(), **party)
+        await context.abort(code, words[:_WORDS])
+        raise AssertionError("abort raises")
 
     # One message.
 
@@ -297,12 +282,13 @@ class GrpcServer:
             self._in_hand[party] -= 1
 
     async def _take(self, party: str, message: Message, frame: bytes) -> None:
-        if self._in_thread or self._turn.locked() or self._seconds.get(message.kind, 0.0) > _LONG_SECONDS:
+        if self._in_thread or self._turn.locked() or self._seconds.get(message.kind, math.inf) > _LONG_SECONDS:
             # a client that hangs up must not stop what is being computed for it
-            await asyncio.shield(asyncio.create_task(self._take_in_thread(party, message, frame)))
+            await asyncio.shield(self._spawn(self._take_in_thread(party, message, frame)))
             return
-        frames = self._take_now(party, message, frame)
-        self._was_taken()
+        with self._or_stop():
+            frames = self._take_now(party, message, frame)
+            self._was_taken()
         await self._deliver(frames, party)
 
     async def _take_in_thread(self, party: str, message: Message, frame: bytes) -> None:
@@ -314,14 +300,34 @@ class GrpcServer:
 
     async def _take_in_turn(self, party: str, message: Message, frame: bytes) -> None:
         async with self._turn:
-            answer = self._taker.again(party, message, frame)
-            if answer is not None:  # it came twice while another one was computed
-                frames = [(party, answer)] if answer else []
-            else:
-                loop = asyncio.get_running_loop()
-                frames = await loop.run_in_executor(self._thread, self._take_now, party, message, frame)
-                self._was_taken()
+            with self._or_stop():
+                frames = await self._take_as_new(party, message, frame)
         await self._deliver(frames, party)
+
+    async def _take_as_new(self, party: str, message: Message, frame: bytes) -> Frames:
+        answer = self._taker.again(party, message, frame)
+        if answer is not None:  # it came twice while another one was computed
+            return [(party, answer)] if answer else []
+        loop = asyncio.get_running_loop()
+        frames = await loop.run_in_executor(self._thread, self._take_now, party, message, frame)
+        self._was_taken()
+        return frames
+
+    @contextlib.contextmanager
+    def _or_stop(self) -> Iterator[None]:
+        """What the service, or the disk, cannot go on after stops the server: memory may be ahead of what was kept."""
+        assert self._failed is not None
+        if self._failed.done():
+            raise RunError("the server has stopped")
+        try:
+            yield
+        except MessageError:
+            raise
+        except Exception as error:
+            self._failed.set_exception(error)
+            for connection in self._connections.values():
+                self._spawn(_give_up(connection.context, error))
+            raise RunError("the server has stopped") from error
 
     def _was_taken(self) -> None:
         self._taken()
@@ -335,11 +341,9 @@ class GrpcServer:
             if connection is None:
                 continue
             if to == party:
-                await _push_to(connection, answer)
+                await connection.push(answer)
             else:
-                task = asyncio.create_task(_push_to(connection, answer))
-                self._pushes.add(task)
-                task.add_done_callback(self._pushes.discard)
+                self._spawn(connection.push(answer))
 
     def _take_now(self, party: str, message: Message, frame: bytes) -> Frames:
         started = time.perf_counter()
@@ -356,17 +360,32 @@ class GrpcServer:
             told = torch.frombuffer(bytearray(waits_for.encode()[:1024] or b" "), dtype=torch.uint8)
             frame = encode(Message("waits", self._name, 0, {"for": told}), self._run)
             for connection in list(self._connections.values()):
-                if self._taker.owes(connection.party) or self._in_hand[connection.party]:
-                    await _push_to(connection, frame)
+                owes = self._taker.owes(connection.party) or self._in_hand[connection.party]
+                if owes and not connection.writing.locked():  # one that does not read must not hold up the others
+                    self._spawn(connection.push(frame))
 
-    def _fail(self, error: MilkglassError) -> None:
-        if self._failed is not None and not self._failed.done():
-            self._failed.set_exception(error)
+    async def _watch_door(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            strangers = self._door.strangers()
+            if strangers:
+                self._watch.refused("handshake", strangers)
+                words = "no handshake: no certificate, another CA's, an expired one, no TLS, or not a word"
+                self._log("refused", why="handshake", reason=words, connections=strangers)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
-async def _push_to(connection: _Connection, frame: bytes) -> None:
-    with contextlib.suppress(Exception):  # it hung up meanwhile: it asks again when it comes back
-        await connection.push(frame)
+async def _give_up(context: Any, error: Exception) -> None:
+    """Tell a client that the server stops: for good, or until somebody has seen to its machine."""
+    with contextlib.suppress(Exception):
+        if isinstance(error, MilkglassError) and not isinstance(error, RunError):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:_WORDS])
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has stopped, and says why; it can be resumed")
 
 
 @final

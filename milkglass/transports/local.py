@@ -40,7 +40,7 @@ class LocalTransport(Transport):
 
     def __init__(self, other: Responder | LocalHub, party: str = _ALONE) -> None:
         super().__init__()
-        self._hub = other if isinstance(other, LocalHub) else LocalHub(_Sole(other))
+        self._hub = other if isinstance(other, LocalHub) else LocalHub(Sole(other, party))
         self._box = self._hub.box(party)
 
     def send(self, message: Message) -> None:
@@ -62,12 +62,12 @@ class LocalTransport(Transport):
 
 
 @final
-class _Sole:
+class Sole:
     """A responder as the service of the one party there is."""
 
-    def __init__(self, responder: Responder) -> None:
-        self._responder = responder
+    def __init__(self, responder: Responder, party: str = _ALONE) -> None:
+        self._responder, self._party = responder, party
 
     def receive(self, message: Message) -> Sequence[Addressed]:
         """The answer, at once."""
-        return [(_ALONE, self._responder.reply(message))]
+        return [(self._party, self._responder.reply(message))]
