@@ -65,11 +65,7 @@ class Agreement:
             ours, theirs = getattr(self, what), told.get(what)
             if (list(ours) if isinstance(ours, tuple) else ours) != theirs:
                 return f"{what.replace('_', ' ')} is {_short(ours)} here and {_short(theirs)} there"
-        flat_ours, flat_theirs = _flat(self.recipe), _flat(told.get("recipe"))
-        for key in sorted(flat_ours.keys() | flat_theirs.keys()):
-            if flat_ours.get(key) != flat_theirs.get(key):
-                return f"recipe: {key} is {_short(flat_ours.get(key))} here and {_short(flat_theirs.get(key))} there"
-        return None
+        return _first_difference(self.recipe, told.get("recipe"), "recipe: ")
 
 
 def read_greeting(message: Message) -> dict[str, Any]:
@@ -146,15 +142,20 @@ def refused(reason: str) -> LinkError:
     return LinkError(f"the server refuses this client: {reason}")
 
 
-def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(table, Mapping):
-        return {prefix.rstrip("."): table}
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
+def _first_difference(ours: Any, theirs: Any, where: str) -> str | None:
+    """Of two tables of tables: no deeper than ours is, whatever a stranger sends."""
+    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+        return None if ours == theirs else f"{where.rstrip('.')} is {_short(ours)} here and {_short(theirs)} there"
+    for key in sorted(ours.keys() | theirs.keys()):
+        difference = _first_difference(ours.get(key), theirs.get(key), f"{where}{_cut(key)}.")
+        if difference is not None:
+            return difference
+    return None
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."

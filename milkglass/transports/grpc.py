@@ -8,6 +8,7 @@ own threads move the bytes meanwhile, so that a piece of a batch travels while t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
@@ -23,12 +24,14 @@ from milkglass.errors import LinkError, MessageError
 from milkglass.messages import Message
 from milkglass.transports.agreement import GREETINGS, HEARTBEATS, Agreement, read_greeting, refused
 from milkglass.transports.base import Transport
+from milkglass.transports.door import check_plain
 from milkglass.transports.exactly_once import Sender
 
 METHOD: Final = "/milkglass.Parties/Talk"
 RUN_UNKNOWN: Final = 0
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 10.0
+_FAREWELL_SECONDS: Final = 1.0
 _WINDOW_BYTES: Final = 8 << 20
 _FINAL: Final = {
     grpc.StatusCode.INVALID_ARGUMENT: MessageError,
@@ -39,6 +42,8 @@ _FINAL: Final = {
     grpc.StatusCode.DATA_LOSS: LinkError,
 }
 """Ends after which trying again is no use."""
+_UNTRUSTED: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+"""What TLS calls a server that is not trusted, or does not speak it."""
 
 
 def channel_options(frame_bytes: int, heartbeat_seconds: float) -> list[tuple[str, Any]]:
@@ -76,7 +81,7 @@ class GrpcTransport(Transport):
     credentials: None for a connection in plain text, which is for loopback alone. agreement: what the handshake
     compares. limits: what the server may answer. run: the server's number of the run, 0 for a client that is new to it;
     `entered` is called with it at the first handshake. patience_seconds: how long to try to reach a server that is
-    away. answer_seconds: how long to await a sign of a server that is there.
+    away, or that lets nothing through. answer_seconds: how long to await a sign of a server that is there.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class GrpcTransport(Transport):
         log: Log = silent,
     ) -> None:
         super().__init__()
+        if credentials is None:
+            check_plain(address)
         self.sender = sender
         self._address, self._credentials, self._party = address, credentials, party
         self._agreement, self._limits = agreement, limits
@@ -109,6 +116,10 @@ class GrpcTransport(Transport):
         self._outgoing: deque[bytes] = deque()
         self._writer: asyncio.Task[None] | None = None
         self._waits_for = ""
+        self._was_in = False
+        self._welcomed = 0.0
+        self._failing_since: float | None = None
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._jitter = random.Random()  # of pauses alone: nothing that counts follows from it
 
     @property
@@ -142,6 +153,7 @@ class GrpcTransport(Transport):
 
     def close(self) -> None:
         """Hang up."""
+        self._loop.run_until_complete(self._say_farewell())
         self._loop.run_until_complete(self._hang_up())
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
@@ -160,6 +172,9 @@ class GrpcTransport(Transport):
             except _LostError as error:
                 self._log("connection lost", reason=str(error))
                 await self._hang_up()
+                if time.monotonic() - self._welcomed > _LONGEST_PAUSE_SECONDS:
+                    self._goes_well()
+                await self._pause(str(error))
 
     async def _read_one(self) -> None:
         """Take in the next frame, whatever it is."""
@@ -178,6 +193,7 @@ class GrpcTransport(Transport):
             frame = grpc.aio.EOF
         if frame is grpc.aio.EOF:
             await self._ended()
+        self._goes_well()
         if peek_header(frame).kind == "waits":
             self._heartbeat_came(frame)
             return
@@ -201,28 +217,42 @@ class GrpcTransport(Transport):
 
     async def _connected(self) -> None:
         """Return with an open stream on which everything unanswered is under way; dial as often as it takes."""
-        if self._call is not None:
-            return
-        began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
-        while True:
+        while self._call is None:
             try:
                 await self._dial()
                 return
             except (_LostError, grpc.aio.AioRpcError, OSError, TimeoutError) as error:
-                await self._hang_up()
                 reason = _in_words(error)
+                await self._hang_up()
             except BaseException:
                 await self._hang_up()
                 raise
-            left = self.patience_seconds - (time.monotonic() - began)
-            if left <= 0:
-                raise LinkError(
-                    f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
-                    f"{reason}; nothing is lost: run it again (join: with --resume)"
-                )
-            self._log("dialing again", address=self._address, reason=reason)
-            await asyncio.sleep(min(pause * self._jitter.uniform(0.5, 1.0), left))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            if not self._was_in and any(sign in reason for sign in _UNTRUSTED):
+                raise LinkError(f"the server at {self._address} is not one that this client trusts: {reason}")
+            await self._pause(reason)
+
+    async def _pause(self, reason: str) -> None:
+        """Before dialing again. Raises LinkError once nothing has come through for too long."""
+        left = self._patience_left()
+        if left <= 0:
+            hint = (
+                "" if self._was_in or "Socket closed" not in reason else " (does it trust this client's certificate?)"
+            )
+            raise LinkError(
+                f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
+                f"{reason}{hint}; nothing is lost: run it again (join: with --resume)"
+            )
+        self._log("dialing again", address=self._address, reason=reason)
+        await asyncio.sleep(min(self._pause_seconds * self._jitter.uniform(0.5, 1.0), left))
+        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def _patience_left(self) -> float:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+        return self.patience_seconds - (time.monotonic() - self._failing_since)
+
+    def _goes_well(self) -> None:
+        self._failing_since, self._pause_seconds = None, _FIRST_PAUSE_SECONDS
 
     async def _dial(self) -> None:
         options = channel_options(self._limits.frame_bytes, self._heartbeat)
@@ -234,7 +264,7 @@ class GrpcTransport(Transport):
         self._call = self._channel.stream_stream(METHOD)()
         told_run = self._agreement.told(run=self._run, next=self.sender.number)
         hello = Message("hello", self._party, 0, {"told": told_run})
-        async with asyncio.timeout(self._answer_seconds):
+        async with asyncio.timeout(min(self._answer_seconds, max(self._patience_left(), _FIRST_PAUSE_SECONDS))):
             try:
                 await self._call.write(encode(hello))
                 frame = await self._call.read()
@@ -242,13 +272,18 @@ class GrpcTransport(Transport):
                 frame = grpc.aio.EOF
             if frame is grpc.aio.EOF:
                 await self._ended()
-        welcome = read_greeting(decode(frame, GREETINGS))
-        self._enter(welcome)
+        self._enter(decode(frame, GREETINGS))
+        self._was_in, self._welcomed = True, time.monotonic()
         self._outgoing = deque(self.sender.again())
         self._log("connected", address=self._address, run=f"{self._run:016x}", again=len(self._outgoing))
 
-    def _enter(self, welcome: dict[str, Any]) -> None:
-        run = welcome.get("run")
+    def _enter(self, welcome: Message) -> None:
+        told = read_greeting(welcome)
+        difference = self._agreement.difference(told)
+        if welcome.kind != "welcome" or difference is not None:
+            words = difference or f"it says {welcome.kind!r}"
+            raise LinkError(f"the server at {self._address} does not agree with this client: {words}")
+        run = told.get("run")
         if not isinstance(run, int) or not 0 < run < 2**64 or self._run not in (RUN_UNKNOWN, run):
             raise LinkError(f"the server at {self._address} has another run than the one that this client began")
         if self._run == RUN_UNKNOWN:
@@ -271,6 +306,16 @@ class GrpcTransport(Transport):
                 outgoing.popleft()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the stream is at its end: whoever reads it learns why, and everything unanswered is sent again
+
+    async def _say_farewell(self) -> None:
+        """Where all is said, end the stream in order, so that the server does not take it for a broken one."""
+        if self._call is None or self.sender.awaited is not None:
+            return
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await self._call.done_writing()
+                while await self._call.read() is not grpc.aio.EOF:
+                    pass
 
     async def _hang_up(self) -> None:
         call, channel, writer = self._call, self._channel, self._writer

@@ -33,7 +33,7 @@ from milkglass.transports.exactly_once import Frames, Taking
 from milkglass.transports.grpc import METHOD, Log, channel_options, silent
 
 _LONG_SECONDS: Final = 0.005
-_END_SECONDS: Final = 0.2
+_END_SECONDS: Final = 0.05
 _STREAMS: Final = 8
 _WORDS: Final = 1000
 """So long may a reason be: it travels in a header."""
