@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
+from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show
 from milkglass.errors import MilkglassError
 
 EXIT_BAD_INPUT: Final = 2
@@ -24,12 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in TOML.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
-]
 
 
 class RecipeCommand(TyperCommand):
@@ -63,12 +57,12 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     source = read_key(key) if key is not None else None
     if key is not None and key.stat().st_mode & 0o077:
-        _say(f"milkglass: warning: key {key} can be read by others; chmod 600 {key}")
+        say(f"milkglass: warning: key {key} can be read by others; chmod 600 {key}")
     out = out or Path("runs") / recipe.stem
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
     for caution in summary["cautions"]:
-        _say(f"milkglass: note: {caution}")
+        say(f"milkglass: note: {caution}")
     dependence = summary["distance_correlation"]
     print(
         f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, distance correlation "
@@ -206,7 +200,7 @@ def cuts(
         )
     if json_file is not None:
         write_beside(json_file, json.dumps({"cuts": [asdict(cost) for cost in costs]}, indent=2).encode())
-    _print(table)
+    show(table)
     print("FLOPs: multiplications and additions of matrix products and convolutions, forward, for one record.")
 
 
@@ -218,161 +212,12 @@ def report(
     from milkglass.report import read_results, table, write_report
 
     page = write_report(run)
-    _print(table(read_results(run)))
+    show(table(read_results(run)))
     print(page)
 
 
-Tls = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="This party's certificates: rootCA.pem, and server (or client) .crt and .key."),
-]
-PlainText = Annotated[bool, typer.Option("--plaintext", help="No encryption, no names checked: on loopback alone.")]
-
-
-@app.command()
-def certs(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they go, a folder for each party.")],
-    server: Annotated[str, typer.Option(metavar="HOST", help="The name under which clients reach the server.")],
-    client: Annotated[list[str], typer.Option(metavar="NAME", help="A client; repeatable.")],
-    days: Annotated[int, typer.Option(help="How long they hold.")] = 365,
-) -> None:
-    """Make a private certificate authority and a certificate for each party, for trials."""
-    from milkglass.certificates import certs as make
-
-    for line in make(folder, server, client, days=days):
-        print(line)
-
-
-@app.command()
-def serve(
-    recipe: RecipePath,
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where clients dial in; port 0: a free one.")],
-    tls: Tls = None,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The server's folder; default runs/<recipe>-server.")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's private key; default: made.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
-    onward: Annotated[
-        str | None, typer.Option("--onward", metavar="HOST:PORT", help="For a hop: where the next party listens.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="For a hop: which; default: the certificate's.")
-    ] = None,
-    metrics: Annotated[int | None, typer.Option(metavar="PORT", help="Prometheus metrics at 127.0.0.1:PORT.")] = None,
-    plaintext: PlainText = False,
-) -> None:
-    """Be the server of a training between machines: wait for the recipe's clients, and train with them."""
-    from milkglass.logs import party_log
-    from milkglass.recipe import load_recipe
-    from milkglass.training.serve import Onward, follow
-    from milkglass.training.serve import serve as serve_recipe
-    from milkglass.training.sharded import following
-
-    loaded = load_recipe(recipe, overrides or ())
-    if following():
-        follow(loaded)
-        return
-    credentials = _credentials("server", tls, plaintext, listen)
-    hop = None
-    if onward is not None:
-        hop = name or (credentials.name if credentials is not None else "")
-        if plaintext:
-            _credentials("client", tls, plaintext, onward)
-    log = party_log(hop or loaded.parties.server)
-    watch = None
-    if metrics is not None:
-        from milkglass.metrics import PrometheusWatch
-
-        watch = PrometheusWatch(metrics)
-        log("metrics", address=f"http://127.0.0.1:{watch.port}/metrics")
-    summary = serve_recipe(
-        loaded,
-        listen,
-        credentials,
-        out or Path("runs") / f"{recipe.stem}-{hop or 'server'}",
-        onward=None if onward is None or hop is None else Onward(hop, onward, credentials, log),
-        key=key,
-        resume=resume,
-        log=log,
-        watch=watch,
-        ready=lambda port: log("ready", port=port),
-    )
-    print(f"{summary['party']}: trained with {', '.join(summary['clients'])}; {summary['messages']:,} messages")
-
-
-@app.command()
-def join(
-    recipe: RecipePath,
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")],
-    tls: Tls = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Which client; default: the certificate's.")] = None,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The client's folder; default runs/<recipe>-<name>.")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key; default: made.")] = None,
-    shared_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With several clients: the key that they share, not the server.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
-    plaintext: PlainText = False,
-) -> None:
-    """Be a client of a training between machines: dial out to the server, and train with one's own records."""
-    from milkglass.errors import RecipeError
-    from milkglass.logs import party_log
-    from milkglass.progress import TrainingProgress
-    from milkglass.recipe import load_recipe
-    from milkglass.training.join import join as join_recipe
-
-    loaded = load_recipe(recipe, overrides or ())
-    credentials = _credentials("client", tls, plaintext, server)
-    name = name or (credentials.name if credentials is not None else None)
-    if name is None:
-        raise RecipeError("--name NAME: expected, where no certificate says who this client is")
-    if credentials is not None and credentials.name != name:
-        raise RecipeError(f"--name {name}: the certificate is {credentials.name}'s; a party has its certificate's name")
-    out = out or Path("runs") / f"{recipe.stem}-{name}"
-    with TrainingProgress(loaded.training.epochs) as progress:
-        summary = join_recipe(
-            loaded,
-            name,
-            server,
-            credentials,
-            out,
-            key=key,
-            shared_key=shared_key,
-            resume=resume,
-            progress=progress,
-            log=party_log(name),
-        )
-    for caution in summary["cautions"]:
-        _say(f"milkglass: note: {caution}")
-    accuracy = "" if summary["accuracy"] is None else f"accuracy {summary['accuracy']:.3f}, "
-    print(
-        f"{out}: defense {summary['defense']}; {accuracy}"
-        f"{summary['bytes_sent']:,} bytes sent, {summary['bytes_received']:,} received in "
-        f"{summary['messages']:,} messages; {summary['keys']}"
-    )
-
-
-def _credentials(role: Any, tls: Path | None, plaintext: bool, address: str) -> Any:
-    """The party's certificate and key; None for plain text, which is refused anywhere but on loopback."""
-    from milkglass.certificates import load_credentials
-    from milkglass.errors import LinkError
-
-    host = address.rpartition(":")[0]
-    if plaintext:
-        if tls is not None or host not in ("localhost", "127.0.0.1", "[::1]"):
-            raise LinkError(f"--plaintext with {address}: only on loopback (127.0.0.1), and without --tls")
-        return None
-    if tls is None:
-        raise LinkError("--tls DIR: expected a folder of certificates; `milkglass certs` makes some for trials")
-    credentials = load_credentials(tls, role)
-    for caution in credentials.cautions:
-        _say(f"milkglass: warning: {caution}")
-    return credentials
+for command in (certs, serve, join, predict):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -381,19 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except MilkglassError as error:
-        _say(f"milkglass: {error}")
+        say(f"milkglass: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _say("milkglass: stopped; nothing finished is lost: run it again (train: with --resume), and it goes on")
+        say("milkglass: stopped; nothing finished is lost: run it again (train: with --resume), and it goes on")
         sys.exit(130)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _print(what: Any) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a log has no width of its own
-    console.print(what)

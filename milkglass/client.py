@@ -21,7 +21,7 @@ from milkglass.codec import shapes
 from milkglass.compression.base import Compressor, Identity
 from milkglass.defenses.base import Defense, NoiseStream
 from milkglass.errors import DataError, EgressError, MessageError, MilkglassError
-from milkglass.guards import U_SHAPED, VANILLA, EgressGuard, LeakageGuard, ReleaseLedger, finite
+from milkglass.guards import U_SHAPED, VANILLA, EgressGuard, LeakageGuard, ReleaseLedger, finite, with_shapes
 from milkglass.hijack import HijackGuard
 from milkglass.messages import Kind, Message
 from milkglass.parties import Party, run_to_end
@@ -85,7 +85,8 @@ class Client(Party):
 
     optimizer: of the stage and the head; None if they have nothing to train. head: in U-shaped training the network's
     last part: with it labels and loss stay here. sends_labels: False for an owner of columns who has no labels.
-    pieces: in how many a training batch goes out, one after the other, before the first answer is awaited. compressor:
+    pieces: in how many a training batch goes out, one after the other, before the first answer is awaited. cut_shape:
+    of one record's activations, where it is agreed on: nothing else leaves; None for any shape and type. compressor:
     what the wire does to activations, for who asks what a receiver sees. source: the party's private randomness; by
     default a fresh one that nobody can repeat.
     """
@@ -101,6 +102,7 @@ class Client(Party):
         pieces: int = 1,
         defenses: Sequence[Defense] = (),
         guards: Guards | None = None,
+        cut_shape: tuple[int, ...] | None = None,
         compressor: Compressor | None = None,
         name: str = "client",
         source: Source | None = None,
@@ -115,7 +117,11 @@ class Client(Party):
         self.noise = NoiseStream(self.source.derive("noise"))
         self._pieces = pieces
         self._sends_labels = sends_labels and head is None
-        self._egress = EgressGuard(VANILLA if self._sends_labels else U_SHAPED)
+        agreed = VANILLA if self._sends_labels else U_SHAPED
+        if cut_shape is None:
+            self._egress = EgressGuard(agreed)
+        else:
+            self._egress = EgressGuard(with_shapes(agreed, activations=cut_shape), torch.float32)
 
     def state(self) -> dict[str, Tensor]:
         counters = {"steps": torch.tensor(self.steps), "noise_block": torch.tensor(self.noise.block)}

@@ -164,7 +164,7 @@ class Desk:
             yield from (self.clients[i] for i in order if self._batches[self.clients[i]] > index)
 
     def _check_held(self, message: Message) -> None:
-        """splitfed2: refuse what could not be served when its turn comes: another client's message brings that about."""
+        """splitfed2: refuse what could not be served when its turn comes, which another client brings about."""
         server, waiting = self.servers[message.party], self._waiting[message.party]
         if self._turn == message.party and not waiting:
             return  # it is served now, and refused now

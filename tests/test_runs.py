@@ -78,7 +78,7 @@ def test_the_newest_complete_checkpoint_counts(tmp_path: Path) -> None:
     folder.write_tensors("checkpoint/0003/client.safetensors", {"w": torch.zeros(3)})  # stopped before progress.json
     found = folder.load_checkpoint()
     assert found is not None
-    assert found.epoch == 2
+    assert found.number == 2
     assert torch.equal(found.parties["client"]["w"], torch.full((3,), 2.0))
     assert [path.name for path in (folder.path / "checkpoint").iterdir() if path.name == "0001"] == []
 
@@ -96,7 +96,7 @@ def test_out_of_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     found = folder.load_checkpoint()
     assert found is not None
-    assert found.epoch == 1
+    assert found.number == 1
     assert not list(folder.path.rglob("*.partial"))
 
 

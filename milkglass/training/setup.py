@@ -239,6 +239,7 @@ def make_client(
         pieces=recipe.training.micro_batches,
         defenses=defenses(recipe),
         guards=_guards(recipe, len(share.train), classes, private),
+        cut_shape=_output(public.bottom, shape),
         compressor=compressor(recipe),
         name=name,
         source=private,

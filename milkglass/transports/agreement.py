@@ -154,7 +154,10 @@ def _first_difference(ours: Any, theirs: Any, where: str) -> str | None:
 
 
 def _short(value: Any) -> str:
-    return _cut(repr(value))
+    try:
+        return _cut(repr(value))
+    except RecursionError:
+        return "something nested too deep"
 
 
 def _cut(text: str) -> str:

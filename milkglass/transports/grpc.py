@@ -235,9 +235,7 @@ class GrpcTransport(Transport):
         """Before dialing again. Raises LinkError once nothing has come through for too long."""
         left = self._patience_left()
         if left <= 0:
-            hint = (
-                "" if self._was_in or "Socket closed" not in reason else " (does it trust this client's certificate?)"
-            )
+            hint = " (does it trust this client?)" if "Socket closed" in reason and not self._was_in else ""
             raise LinkError(
                 f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
                 f"{reason}{hint}; nothing is lost: run it again (join: with --resume)"

@@ -88,7 +88,7 @@ class GrpcServer:
         self._taken, self._may_begin, self._waits_for = taken, may_begin, waits_for
         self._heartbeat = heartbeat_seconds
         self._handshake_seconds, self._greeting_seconds = handshake_seconds, greeting_seconds
-        self._door = Door(handshake_seconds + 1.0)
+        self._door = Door(1.5 * handshake_seconds)
         self._watch: Watch = watch or Unwatched()
         self._log = log
         self._connections: dict[str, _Connection] = {}
@@ -366,7 +366,7 @@ class GrpcServer:
 
     async def _watch_door(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(min(self._handshake_seconds, 1.0))
             strangers = self._door.strangers()
             if strangers:
                 self._watch.refused("handshake", strangers)

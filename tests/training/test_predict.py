@@ -7,16 +7,22 @@ import csv
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import numpy as np
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor
 
 from milkglass.certificates import Credentials, certs, load_credentials
@@ -112,7 +118,11 @@ def _test_file(folder: Path, recipe: Recipe, *, labels: bool = True) -> Path:
     """The recipe's test records, as a file of pictures (N, H, W, C)."""
     test = deal_records(recipe).test
     path = folder / "test.npz"
-    np.savez(path, images=test.x.permute(0, 2, 3, 1).numpy(), **({"labels": test.y.numpy()} if labels else {}))
+    images = test.x.permute(0, 2, 3, 1).numpy()
+    if labels:
+        np.savez(path, images=images, labels=test.y.numpy())
+    else:
+        np.savez(path, images=images)
     return path
 
 
@@ -213,7 +223,9 @@ def _table(folder: Path, records: int = 240) -> tuple[Path, np.ndarray[Any, Any]
 
 def test_a_table_is_scaled_as_in_training(tmp_path: Path) -> None:
     path, numeric, categorical = _table(tmp_path)
-    recipe = _recipe(data={"path": str(path), "test_share": 0.2}, training={"epochs": 30, "batch_size": 32})
+    recipe = _recipe(
+        data={"path": str(path), "test_share": 0.2}, training={"epochs": 30, "batch_size": 16, "learning_rate": 1e-2}
+    )
     trained = train(recipe, tmp_path / "run")
     deal = deal_records(recipe)
     rows = deal.test_indices.numpy()
@@ -401,7 +413,7 @@ def test_strangers_are_refused(whole: Path, kit: Path, tmp_path: Path) -> None:
         with pytest.raises(LinkError, match="'stranger' is not among the clients of this run"):
             predict(stranger, given, address=address, credentials=load_credentials(kit / "stranger", "client"))
         other = load_credentials(tmp_path / "other" / "client", "client")
-        with pytest.raises(LinkError, match="could not be reached"):
+        with pytest.raises(LinkError, match="not one that this client trusts"):
             predict(client, given, address=address, credentials=other)
         with pytest.raises(LinkError, match="it is client's; the certificate is stranger's"):
             predict(client, given, address=address, credentials=load_credentials(kit / "stranger", "client"))
@@ -460,3 +472,115 @@ def test_a_server_of_another_recipe_or_without_a_run_does_not_begin(whole: Path,
     ):
         with pytest.raises(RecipeError, match=words):
             begin(_recipe(parties=parties, cut=cut), server)
+
+
+# -- As a person types it
+
+
+def _typed(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    """(exit code, standard output, error stream) of a command."""
+    code: object = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code or 0
+    printed = capsys.readouterr()
+    assert isinstance(code, int)
+    return code, printed.out, printed.err
+
+
+def test_the_command_prints_what_its_file_holds(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = _test_file(tmp_path, RunFolder.open_finished(whole).recipe)
+    code, out, err = _typed(capsys, "predict", whole, given, "--out", tmp_path / "p.csv", "--batch", "8")
+    assert (code, err) == (0, "")
+    summary = json.loads((whole / "predictions.json").read_text())
+    for row in summary["first"]:
+        assert [str(row["record"]), str(row["class"]), f"{row['probability']:.3f}", str(row["label"])] in [
+            line.replace("│", " ").split() for line in out.splitlines()
+        ]
+    last = out.splitlines()[-1] if out.splitlines()[-1].startswith(str(whole)) else out[out.index(str(whole)) :]
+    assert f"40 records: {summary['classes'][0]:,} of class 0" in last
+    assert f"accuracy {summary['accuracy']:.3f}; defense none; {summary['bytes_sent']:,} bytes sent" in last
+    assert f"{summary['bytes_received']:,} received in 10 messages" in last
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 41
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["{whole}", "{folder}/none.npy"], "none.npy: no such file"),
+        (["{whole}", "{folder}/text.npy"], "cannot be read, or no .npy file of plain numbers"),
+        (["{whole}", "{folder}/objects.npy"], "cannot be read, or no .npy file of plain numbers"),
+        (["{whole}", "{folder}/flat.npy"], "images of shape (4, 64); expected (records, height, width)"),
+        (["{whole}", "{folder}/larger.npy"], "records of shape (1, 9, 9); expected (1, 8, 8), as the run's"),
+        (["{whole}", "{folder}/bright.npy"], "expected [0, 1], or uint8"),
+        (["{whole}", "{folder}/empty.npy"], "expected an array of records"),
+        (["{whole}", "{folder}/labels.npz"], "no array `images`, `features` or `numeric`"),
+        (["{whole}", "{folder}/good.txt"], "no such file"),
+        (["{whole}", "{folder}/good.npy", "--batch", "0"], "--batch 0: expected 1 to 256"),
+        (["{whole}", "{folder}/good.npy", "--batch", "257"], "--batch 257: expected 1 to 256"),
+        (["{whole}", "{folder}/good.npy", "--out", "p.txt"], "expected a file named *.csv or *.jsonl"),
+        (["{whole}", "{folder}/good.npy", "--plaintext"], "go with --server"),
+        (["{whole}", "{folder}/good.npy", "--server", "localhost:1"], "--tls DIR: expected a folder"),
+        (["{whole}", "{folder}/good.npy", "--server", "example.org:1", "--plaintext"], "only on loopback"),
+        (["{whole}", "{folder}/good.npy", "--server", "localhost:1", "--plaintext"], "trained in one process"),
+        (["{folder}", "{folder}/good.npy"], "not a run, or half-written"),
+        (["{folder}/old", "{folder}/good.npy"], "records.json is missing: an older milkglass"),
+        (["{folder}/other", "{folder}/good.npy"], "bottom.safetensors: does not fit the recipe's network"),
+    ],
+)
+def test_bad_input_is_one_line(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    x = deal_records(RunFolder.open_finished(whole).recipe).test.x[:4].numpy()
+    (tmp_path / "text.npy").write_text("not an array")
+    np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "flat.npy", x.reshape(4, 64))
+    np.save(tmp_path / "larger.npy", np.zeros((4, 9, 9), np.float32))
+    np.save(tmp_path / "bright.npy", x * 255)
+    np.save(tmp_path / "empty.npy", x[:0])
+    np.save(tmp_path / "good.npy", x)
+    np.savez(tmp_path / "labels.npz", labels=np.zeros(4, np.int64))
+    for copy in ("old", "other"):
+        shutil.copytree(whole, tmp_path / copy)
+    (tmp_path / "old" / "records.json").unlink()
+    shutil.copy(whole / "top.safetensors", tmp_path / "other" / "bottom.safetensors")
+    code, out, err = _typed(capsys, "predict", *(word.format(whole=whole, folder=tmp_path) for word in words))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("milkglass: ")
+    assert expected in err
+
+
+def test_serve_predict_answers_until_it_is_stopped(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, server = _parted(whole, tmp_path)
+    given = _test_file(tmp_path, RunFolder.open_finished(whole).recipe)
+    words = ["serve", str(server / "recipe.toml"), "--listen", "localhost:0", "--plaintext", "--metrics", "0"]
+    command = [sys.executable, "-m", "milkglass", *words, "--predict", "--out", str(server)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stderr is not None
+            metrics, ready = json.loads(serving.stderr.readline()), json.loads(serving.stderr.readline())
+            address = f"localhost:{ready['port']}"
+            code, out, _ = _typed(capsys, "predict", client, given, "--server", address, "--plaintext")
+            assert code == 0
+            assert f"{json.loads((client / 'predictions.json').read_text())['accuracy']:.3f}" in out
+            with grpc.insecure_channel(address) as channel:
+                asked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert asked.status == health_pb2.HealthCheckResponse.SERVING
+            with urllib.request.urlopen(metrics["address"], timeout=10) as page:
+                assert 'milkglass_messages_total{kind="queries",party="client"} 1.0' in page.read().decode()
+        finally:
+            serving.send_signal(signal.SIGTERM)
+        out, err = serving.communicate(timeout=20)
+    assert serving.returncode == 0, err
+    assert out == "server: answered 1 messages; records by client: client 40\n"
+    events = [json.loads(line)["event"] for line in err.splitlines()]
+    assert events == ["connected", "disconnected"]
+    assert json.loads((server / "answered.json").read_text())["records"] == 40
+    code, _, err = _typed(capsys, *words, "--predict", "--resume", "--out", server)
+    assert code == 2
+    assert "--predict: goes without --key, --resume and --onward" in err
