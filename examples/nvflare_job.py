@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Final, final
 
-from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
@@ -63,15 +62,15 @@ class Watch(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """One task, until all have answered."""
+        sites = fl_ctx.get_engine().get_clients()
         task = Task(name="join", data=Shareable(), result_received_cb=self._hear)
-        self.broadcast_and_wait(task, fl_ctx, abort_signal=abort_signal)
+        self.broadcast_and_wait(task, fl_ctx, sites, min_responses=len(sites), abort_signal=abort_signal)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing to clear away."""
 
-    def process_result_of_unknown_task(self, client: Client, *_: object) -> None:
-        """Said after the task was over."""
-        self.logger.warning(f"{client.name}: a late answer")
+    def process_result_of_unknown_task(self, *_: object) -> None:
+        """Nothing waits for a late answer."""
 
     def _hear(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         name, result = client_task.client.name, client_task.result

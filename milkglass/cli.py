@@ -199,9 +199,11 @@ def cuts(
             f"{cost.bytes_per_record:,}",
         )
     if json_file is not None:
-        write_beside(json_file, json.dumps({"cuts": [asdict(cost) for cost in costs]}, indent=2).encode())
+        form = {"record_shape": list(records.record_shape), "classes": records.classes}
+        write_beside(json_file, json.dumps({"cuts": [asdict(cost) for cost in costs], **form}, indent=2).encode())
     show(table)
     print("FLOPs: multiplications and additions of matrix products and convolutions, forward, for one record.")
+    print(f"For a server's recipe: data.record_shape = {list(records.record_shape)}, data.classes = {records.classes}")
 
 
 @app.command()

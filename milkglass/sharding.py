@@ -131,6 +131,8 @@ class _Part:
         if command.number == 0:
             self._open.clear()  # of a piece that was refused after its pass
         z = z.to(self.links.device).requires_grad_(training)
+        if training and self._meeting is None and self.server.optimizer is not None:
+            self._meeting = self._meet(z)
         self.server.stage.train(training)
         with torch.set_grad_enabled(training), self._drawing(command.key):
             out: Tensor = self.server.stage(z.clone())  # the stage may begin with an in-place layer
@@ -145,9 +147,9 @@ class _Part:
     def backward(self, gradient: Tensor, command: _Command) -> Tensor:
         """From the gradient of what was made of own rows to theirs; at a step's last piece all ranks' add up."""
         z, out = self._open.pop(command.number)
-        if command.number == command.pieces - 1 and self.server.optimizer is not None:
+        if command.number == command.pieces - 1 and self._meeting is not None:
             with torch.enable_grad():
-                out = self._meet(out)
+                out = self._meeting(out)
         out.backward(gradient.to(self.links.device) * self.links.ranks)  # type: ignore[no-untyped-call]
         return (cast(Tensor, z.grad) / self.links.ranks).cpu().contiguous()
 
@@ -157,16 +159,17 @@ class _Part:
             self.server.optimizer.step()
             self.server.optimizer.zero_grad(set_to_none=True)
 
-    def _meet(self, out: Tensor) -> Tensor:
-        if self._meeting is None:
-            learned = [tensor for tensor in self.server.stage.parameters() if tensor.requires_grad]
-            found = torch.autograd.grad(out.sum(), learned, retain_graph=True, allow_unused=True)
-            self._meeting = DistributedDataParallel(
-                _Meeting(self.server.stage),
-                process_group=self.links.gradients,
-                find_unused_parameters=any(gradient is None for gradient in found),
-            )
-        return cast(Tensor, self._meeting(out))
+    def _meet(self, z: Tensor) -> DistributedDataParallel:
+        """Where ranks add up their gradients. A pass beforehand shows whether the output follows from all parameters."""
+        learned = [tensor for tensor in self.server.stage.parameters() if tensor.requires_grad]
+        with torch.enable_grad():
+            out = self.server.stage.eval()(z.clone()).sum()
+            found = torch.autograd.grad(out, learned, allow_unused=True)
+        return DistributedDataParallel(
+            _Meeting(self.server.stage),
+            process_group=self.links.gradients,
+            find_unused_parameters=any(gradient is None for gradient in found),
+        )
 
     @contextmanager
     def _drawing(self, key: tuple[int, ...]) -> Iterator[None]:

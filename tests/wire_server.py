@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import resource
+import subprocess
 import sys
 import threading
 import time
@@ -205,7 +208,7 @@ def dial(
         "patience_seconds": 20.0,
         "answer_seconds": 20.0,
     } | options
-    return GrpcTransport(f"localhost:{port}", credentials, Sender(folder), party=party, **known)
+    return GrpcTransport(f"localhost:{port}", credentials, Sender(folder), party=party, **(known | options))
 
 
 def question(party: str, step: int, rows: int = 4, kind: Kind = "activations") -> Message:
@@ -229,16 +232,24 @@ def hello(party: str, agreement: Agreement = AGREEMENT, *, run: int = 0, **more:
 
 
 def talk(
-    port: int, credentials: Credentials | None, frames: Iterable[bytes], *, seconds: float = 20.0, **options: Any
+    port: int,
+    credentials: Credentials | None,
+    frames: Iterable[bytes],
+    *,
+    after: Callable[[], object] = lambda: None,
+    **options: Any,
 ) -> tuple[list[Message], grpc.StatusCode, str]:
-    """What a bare gRPC stream gets that sends these frames: the answers, and how it ended."""
+    """What a bare gRPC stream gets that sends these frames: the answers, and how it ended; then calls `after`."""
     with bare_channel(port, credentials) as channel:
-        call = channel.stream_stream(METHOD)(iter(frames), timeout=seconds, **options)
+        call = channel.stream_stream(METHOD)(iter(frames), timeout=20, **options)
         answers: list[Message] = []
-        with contextlib.suppress(grpc.RpcError):
-            for frame in call:
-                answers.append(decode(frame))
-        return answers, call.code(), call.details()
+        try:
+            with contextlib.suppress(grpc.RpcError):
+                for frame in call:
+                    answers.append(decode(frame))
+            return answers, call.code(), call.details()
+        finally:
+            after()
 
 
 def bare_channel(port: int, credentials: Credentials | None) -> grpc.Channel:
@@ -261,15 +272,53 @@ def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def memory_bytes(pid: int) -> Mapping[str, int]:
-    """What a process takes: `now`, and `peak` so far."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {name: int(lines[key].split()[0]) << 10 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+@final
+class Alone:
+    """A server as a process of its own while the context lasts: `port`, `log`. most_files: it may open no more."""
+
+    def __init__(self, certificates: Path, folder: Path, *, most_files: int | None = None) -> None:
+        folder.mkdir()
+        self.log = folder / "log"
+        self._command = [sys.executable, "-m", "tests.wire_server", str(certificates), str(folder / "journal")]
+        self._most_files = most_files
+
+    def __enter__(self) -> Self:
+        def limit() -> None:
+            if self._most_files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (self._most_files // 2, self._most_files))
+
+        root = Path(__file__).parents[1]
+        with self.log.open("w") as errors:
+            self._process = subprocess.Popen(
+                self._command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root, preexec_fn=limit
+            )
+        assert self._process.stdout is not None
+        self.process_id, self.port = self._process.pid, int(self._process.stdout.readline())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lives = self._process.poll() is None
+        self._process.kill()
+        self._process.communicate()
+        assert lives
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """The lines of its log that say so."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """What it takes: `now`, and `peak` so far."""
+        lines = Path(f"/proc/{self.process_id}/status").read_text().splitlines()
+        words = dict(line.split(":", 1) for line in lines)
+        return {name: int(words[key].split()[0]) << 10 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
 async def _serve_alone(certificates: Path, folder: Path) -> None:
     taker = Taker(Doubling(), dict.fromkeys(CLIENTS, TO_SERVER), run=RUN, window=2, folder=folder)
-    server = make_server(taker, Unwatched(), party_log("server"), run=RUN, handshake_seconds=5.0)
+    server = make_server(taker, Unwatched(), party_log("server"), run=RUN, handshake_seconds=2.0)
     port = await server.start("localhost:0", load_credentials(certificates, "server"))
     print(port, flush=True)
     await server.run_until(asyncio.Event())

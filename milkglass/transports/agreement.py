@@ -63,7 +63,8 @@ class Agreement:
         """The first thing in which another party's words differ, with both values; None where they agree."""
         for what in ("version", "frame_version", "cut_shape"):
             ours, theirs = getattr(self, what), told.get(what)
-            if (list(ours) if isinstance(ours, tuple) else ours) != theirs:
+            ours = list(ours) if isinstance(ours, tuple) else ours
+            if ours != theirs:
                 return f"{what.replace('_', ' ')} is {_short(ours)} here and {_short(theirs)} there"
         return _first_difference(self.recipe, told.get("recipe"), "recipe: ")
 

@@ -20,7 +20,7 @@ from milkglass.errors import LinkError
 
 IDLE_SECONDS: Final = 60.0
 """A connection without a stream is closed after so long."""
-_MOST_CONNECTIONS: Final = 16_384  # a handshake that hangs takes 45 KB
+_MOST_CONNECTIONS: Final = 12_288  # a handshake that hangs takes 45 KB
 _OWN_FILES: Final = 256  # for checkpoints and journals: strangers must not take the last file descriptor
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
 
@@ -53,15 +53,16 @@ class Unwatched:
 
 
 def most_connections() -> int:
-    """So many may be open at once; lets this process open as many files as it may for that."""
+    """So many may be open at each address; lets this process open as many files as it may for that.
+
+    gRPC counts them by address, and `localhost` is two: IPv4 and IPv6.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + _OWN_FILES
+    wanted = 2 * _MOST_CONNECTIONS + _OWN_FILES
     limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    else:
-        limit = wanted
-    return max(limit - _OWN_FILES, limit // 2)
+    return max(limit - _OWN_FILES, limit // 2) // 2
 
 
 def check_plain(address: str) -> None:

@@ -42,7 +42,7 @@ _FINAL: Final = {
     grpc.StatusCode.DATA_LOSS: LinkError,
 }
 """Ends after which trying again is no use."""
-_UNTRUSTED: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+_UNTRUSTED: Final = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed", "WRONG_VERSION_NUMBER")
 """What TLS calls a server that is not trusted, or does not speak it."""
 
 
@@ -55,6 +55,7 @@ def channel_options(frame_bytes: int, heartbeat_seconds: float) -> list[tuple[st
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.keepalive_time_ms", beat),
         ("grpc.keepalive_timeout_ms", beat),
+        ("grpc.http2.ping_timeout_ms", beat),  # also of the pings that measure the line: no other is sent meanwhile
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.use_local_subchannel_pool", 1),

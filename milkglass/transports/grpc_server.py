@@ -203,7 +203,7 @@ class GrpcServer:
         hello = await self._greeted(context, name)
         party = hello.party if self._plain else name
         if hello.kind != "hello" or hello.party != party:
-            words = f"the certificate is {party!r}'s, the greeting {hello.party!r}'s"
+            words = f"the certificate is of {party!r}, the greeting, {hello.kind!r}, of {hello.party!r}"
             await self._turn_away(context, codes.PERMISSION_DENIED, "false name", words)
         if party not in self._agreements:
             words = f"{party!r} is not among the clients of this run"

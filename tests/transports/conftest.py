@@ -9,7 +9,7 @@ import pytest
 
 from milkglass.certificates import Credentials, load_credentials, make_certificates
 from milkglass.transports.grpc import GrpcTransport
-from tests.wire_server import Doubling, ServerThread, asks, dial
+from tests.wire_server import Alone, Doubling, ServerThread, asks, dial
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +62,10 @@ def unmoved(server: ServerThread, honest: GrpcTransport) -> Iterator[None]:
     assert server.watch.taken["hospital-a"] == before + 4
     assert len(server.said("connected", party="hospital-a")) == connected
     assert server.failure is None
+
+
+@pytest.fixture(scope="module")
+def alone(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """A server as a process of its own."""
+    with Alone(kit / "localhost", tmp_path_factory.mktemp("alone") / "server") as alone:
+        yield alone
