@@ -39,7 +39,7 @@ from milkglass.randomness import public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.replay import drive, replay
 from milkglass.runs import RunFolder
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.transcript import Trial, View
 
 REFERENCE: Final = "undefended-seed0"

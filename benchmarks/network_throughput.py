@@ -21,7 +21,17 @@ from typing import Any, Final
 
 from benchmarks.setting import command_line, machine_line, write_result
 from benchmarks.turns import Block, OverError, Turn, Worker, alternate, ratio
-from benchmarks.two_parties import CASES, CLIENT, WARM_UP_STEPS, Case, Place, place, recipe_of, records_file, two_parties
+from benchmarks.two_parties import (
+    CASES,
+    CLIENT,
+    WARM_UP_STEPS,
+    Case,
+    Place,
+    place,
+    recipe_of,
+    records_file,
+    two_parties,
+)
 from milkglass.recipe import Recipe
 
 _BLOCK_SECONDS: Final = 1.0
@@ -93,7 +103,8 @@ def _whole(pipe: Connection, recipe: Recipe, threads: int) -> None:
 
     from milkglass.networks import build
     from milkglass.randomness import public_source
-    from milkglass.training.setup import deal_records, optimizer
+    from milkglass.training.setup import optimizer
+    from milkglass.training.shares import deal_records
 
     torch.set_num_threads(threads)
     records = deal_records(recipe).train[CLIENT]

@@ -39,7 +39,7 @@ from milkglass.randomness import rehearsal_source
 from milkglass.recipe import Recipe, parse_recipe
 from milkglass.replay import drive
 from milkglass.server import Server
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.training.split import set_up
 from milkglass.transcript import Driven, HonestServer, Knowledge, Pairs, Release, View
 

@@ -133,5 +133,3 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     each = [a / b for a, b in zip(above, below, strict=True)]
     low, median, high = statistics.quantiles(each, n=4, method="inclusive")
     return Ratio(median, low, high, sum(above) / sum(below))
-
-

@@ -172,7 +172,7 @@ def cuts(
     from milkglass.randomness import public_source
     from milkglass.recipe import load_recipe
     from milkglass.runs import write_beside
-    from milkglass.training.setup import deal_records
+    from milkglass.training.shares import deal_records
 
     loaded = load_recipe(recipe, overrides or ())
     records = deal_records(loaded)

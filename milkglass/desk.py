@@ -32,7 +32,7 @@ from milkglass.hop import Hop
 from milkglass.linkage import match
 from milkglass.messages import Addressed, Message
 from milkglass.randomness import Source
-from milkglass.recipe import Mode
+from milkglass.sections import Mode
 from milkglass.server import Server
 
 _TRAINING: Final = ("activations", "returns")

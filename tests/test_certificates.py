@@ -32,7 +32,7 @@ from milkglass.certificates import (
     make_certificates,
 )
 from milkglass.errors import CertificateError, RunError
-from milkglass.recipe import PartyName
+from milkglass.sections import PartyName
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

@@ -15,7 +15,7 @@ from milkglass.desk import Desk
 from milkglass.errors import EgressError, MessageError
 from milkglass.messages import Kind, Message
 from milkglass.randomness import Source, drawing_from, public_source
-from milkglass.recipe import Mode
+from milkglass.sections import Mode
 from milkglass.server import Server
 from milkglass.training.split import set_up
 from milkglass.transports.local import LocalHub, LocalTransport

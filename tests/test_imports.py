@@ -70,13 +70,14 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "figures": (),
     "records": (),
     "networks": (),
-    "recipe": (),
+    "recipe": ("sections",),
+    "sections": (),
     "randomness": (),
     "errors": (),
 }
 OPEN_TO_ALL = {"errors", "randomness"}
 # The command line may use every room; the public names are loaded from where they lie.
-ABOVE_ALL = {"cli", "__main__", ""}
+ABOVE_ALL = {"cli", "cli_network", "__main__", ""}
 ABOVE_ATTACKS = {"parties", "client", "server", "desk", "training", "replay"}
 NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transports.wrappers"}}
 
@@ -84,7 +85,7 @@ NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transport
 def allowed(room: str) -> set[str]:
     """The rooms that this one may import."""
     if room in ABOVE_ALL:
-        return {*GRAPH, "cli"}
+        return {*GRAPH, "cli", "cli_network"}
     reached: set[str] = set()
     waiting = [room]
     while waiting:

@@ -30,7 +30,7 @@ from milkglass.replay import drive, find_reference, load_parties, release_all, r
 from milkglass.runs import RunFolder
 from milkglass.server import Server
 from milkglass.sightings import Watch
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.training.split import batches_of, set_up, train
 from milkglass.transports.local import LocalTransport
 from tests.helpers import KEY, small_recipe

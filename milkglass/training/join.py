@@ -31,18 +31,16 @@ from milkglass.training.serve import (
     known_run,
     private_source,
 )
-from milkglass.training.setup import Share, crossing_shapes, deal_and_hash, make_client, owner_shapes, share_of
+from milkglass.training.setup import crossing_shapes, make_client
+from milkglass.training.shares import Share, deal_and_hash, owner_shapes, share_of
 from milkglass.training.split import (
     Progress,
     Silence,
-    cautions_in_words,
-    client_flops,
     computing_with,
     digest_of,
     make_packings,
-    metrics_line,
-    traffic_summary,
 )
+from milkglass.training.summary import cautions_in_words, client_flops, metrics_line, traffic_summary
 from milkglass.transports.base import Flow
 from milkglass.transports.exactly_once import Sender
 from milkglass.transports.grpc import GrpcTransport, Log, silent

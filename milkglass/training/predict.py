@@ -40,7 +40,8 @@ from milkglass.training.evaluate import BATCH
 from milkglass.training.inputs import RECORDS, form_in, read_input
 from milkglass.training.serve import Form, agreement, crossing, known_run
 from milkglass.training.setup import compressor, crossing_shapes, defenses, network_parts
-from milkglass.training.split import computing_with, make_packings, traffic_summary
+from milkglass.training.split import computing_with, make_packings
+from milkglass.training.summary import traffic_summary
 from milkglass.transports.base import Transport
 from milkglass.transports.exactly_once import Sender
 from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent

@@ -20,7 +20,7 @@ from milkglass.handover import average, seal, unseal
 from milkglass.randomness import Source, public_source
 from milkglass.recipe import Recipe
 from milkglass.training.evaluate import Evaluation, evaluating
-from milkglass.training.setup import Share
+from milkglass.training.shares import Share
 
 Result = TypeVar("Result")
 

@@ -25,17 +25,10 @@ from milkglass.recipe import Recipe
 from milkglass.runs import Checkpoint, RunFolder
 from milkglass.server import Server
 from milkglass.training.evaluate import BATCH
-from milkglass.training.setup import (
-    Shapes,
-    compressor,
-    crossing_shapes,
-    deal_records,
-    make_desk,
-    make_hop,
-    network_parts,
-)
+from milkglass.training.setup import Shapes, compressor, crossing_shapes, make_desk, make_hop, network_parts
 from milkglass.training.sharded import follow as follow_rank_0
 from milkglass.training.sharded import sharing_out
+from milkglass.training.shares import deal_records
 from milkglass.training.split import computing_with, make_packings
 from milkglass.transports.agreement import Agreement, Crossing
 from milkglass.transports.door import Watch

@@ -7,11 +7,9 @@ weights from the recipe's seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +17,6 @@ from milkglass.client import Client, Guards
 from milkglass.compression.base import Compressor
 from milkglass.compression.wire import compressor_of
 from milkglass.cuts import Caution, check_stages, couples_records, cut
-from milkglass.data import Deal, RawRecords, Records, deal, load, owners_part
 from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
@@ -28,12 +25,12 @@ from milkglass.errors import CutError, DataError, RecipeError
 from milkglass.guards import LeakageGuard, ReleaseLedger
 from milkglass.hijack import HijackGuard
 from milkglass.hop import Hop
-from milkglass.linkage import hash_ids, sorted_by_hash
 from milkglass.networks import build
-from milkglass.randomness import Source, public_source, rehearsal_source
+from milkglass.randomness import Source, public_source
 from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
 from milkglass.server import Server
 from milkglass.tracing import in_mode
+from milkglass.training.shares import Share, owner_shapes
 from milkglass.transports.base import Transport
 
 
@@ -60,73 +57,6 @@ class Shapes:
     features: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Share:
-    """One client's own records: to train on, to test on; hashes (N, 32) of their ids where owners match them."""
-
-    train: Records
-    test: Records
-    hashes: torch.Tensor | None = None
-
-
-def shared_rehearsal_key(recipe: Recipe) -> Source:
-    """What the clients share, where one process plays all of them: it follows from the seed, so it hides nothing."""
-    return rehearsal_source(recipe.seed, "shared by the clients")
-
-
-def deal_records(recipe: Recipe, *, own: str | None = None, shared: Source | None = None) -> Deal:
-    """The recipe's records, dealt to its clients, the attacker and the audit: public, from the seed.
-
-    own: the client whose own records the file holds. shared: the owners' key in vertical training, where all of them
-    deal records that lie in the order of their hashed ids.
-    """
-    return deal_and_hash(recipe, own=own, shared=shared)[0]
-
-
-def deal_and_hash(
-    recipe: Recipe, *, own: str | None = None, shared: Source | None = None
-) -> tuple[Deal, torch.Tensor | None]:
-    """`deal_records`, and in vertical training the hashes (N, 32) of all ids, which the server compares."""
-    if not recipe.parties.is_vertical:
-        return _deal(recipe, _raw(recipe), own), None
-    key = shared or shared_rehearsal_key(recipe)
-    run = bytes.fromhex(recipe.digest())
-    parts: list[RawRecords | None] = []
-    hashes = []
-    for what, raw in zip((b"train", b"test"), _raw(recipe), strict=True):
-        if raw is None:
-            parts.append(None)
-            continue
-        hashed = hash_ids(np.arange(len(raw)) if raw.ids is None else raw.ids, key, run + what)
-        order = sorted_by_hash(hashed)
-        parts.append(raw.in_order(order))
-        hashes.append(hashed[order])
-    train, test = parts
-    assert train is not None
-    return _deal(recipe, (train, test), own), torch.from_numpy(np.concatenate(hashes))
-
-
-def share_of(recipe: Recipe, records: Deal, name: str, hashes: torch.Tensor | None = None) -> Share:
-    """What of a deal is the client's of that name.
-
-    Test records are parted as well, so that each is tested once; owners of columns have theirs of every record.
-    """
-    clients = recipe.parties.clients
-    index, count = clients.index(name), len(clients)
-    train, test = records.train[name], records.test
-    if recipe.parties.is_vertical:
-        if recipe.client.own_records:
-            return Share(train, test, hashes)
-        way = recipe.parties.vertical
-        train, test = (
-            replace(part, x=owners_part(part.x, index, count, way.axis, way.parts)) for part in (train, test)
-        )
-        return Share(train, test, hashes)
-    if count > 1 and not recipe.client.own_records:
-        test = test.take(torch.arange(len(test)).tensor_split(count)[index])
-    return Share(train, test)
-
-
 def network_parts(recipe: Recipe, shape: Sequence[int], classes: int, source: Source, *, owner: bool = False) -> Parts:
     """The recipe's network for records of `shape`, drawn from `source`, and cut. owner: with the owner's settings."""
     network = recipe.network
@@ -144,16 +74,6 @@ def network_parts(recipe: Recipe, shape: Sequence[int], classes: int, source: So
     middle, head = cut(rest, at=recipe.cut.back_at)
     check_stages(middle, head)
     return Parts(bottom, middle, head)
-
-
-def owner_shapes(recipe: Recipe, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The shape of one record as each client holds it, where one of the whole is `shape`."""
-    clients = recipe.parties.clients
-    if not recipe.parties.is_vertical:
-        return dict.fromkeys(clients, tuple(shape))
-    way, example = recipe.parties.vertical, torch.zeros(1, *shape)
-    parts = [owners_part(example, i, len(clients), way.axis, way.parts) for i in range(len(clients))]
-    return {name: tuple(part.shape[1:]) for name, part in zip(clients, parts, strict=True)}
 
 
 def crossing_shapes(recipe: Recipe, shape: Sequence[int], classes: int) -> Shapes:
@@ -299,39 +219,6 @@ def optimizer(recipe: Recipe, *stages: nn.Module) -> torch.optim.Optimizer | Non
     )
 
 
-def _raw(recipe: Recipe) -> tuple[RawRecords, RawRecords | None]:
-    data = recipe.data
-    ids = data.ids
-    train = load(name=data.name, path=_path(data.path), hub=data.hub, sensitive=data.sensitive, ids=ids)
-    test = None
-    if data.test_path is not None:
-        test = load(path=_path(data.test_path), sensitive=data.sensitive, ids=ids)
-    elif data.test_split is not None:
-        test = load(hub=data.hub, split=data.test_split, sensitive=data.sensitive, ids=ids)
-    return train, test
-
-
-def _deal(recipe: Recipe, raw: tuple[RawRecords, RawRecords | None], own: str | None) -> Deal:
-    data = recipe.data
-    vertical = recipe.parties.is_vertical
-    clients: tuple[str, ...] = recipe.parties.clients[:1] if vertical else recipe.parties.clients
-    records = deal(
-        *raw,
-        clients=(own,) if own is not None else clients,
-        train_records=data.train_records,
-        test_records=data.test_records,
-        auxiliary_share=recipe.attacker.auxiliary_share,
-        validation_share=recipe.attacker.validation_share,
-        test_share=data.test_share,
-        source=public_source(recipe.seed).derive("deal"),
-    )
-    if vertical and own is None:
-        part, indices = records.train[clients[0]], records.train_indices[clients[0]]
-        names = recipe.parties.clients
-        records = replace(records, train=dict.fromkeys(names, part), train_indices=dict.fromkeys(names, indices))
-    return records
-
-
 def _guards(recipe: Recipe, records: int, classes: int, private: Source) -> Guards:
     section = recipe.client
     ledger = None if section.most_releases is None else ReleaseLedger(records, section.most_releases)
@@ -399,7 +286,3 @@ def _hijack_guard(recipe: Recipe, records: int, classes: int, private: Source) -
             f"{batches * training.epochs}: lower its warm_up, or raise its fake_share or training.epochs"
         )
     return guard
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from milkglass.client import Client, StepResult
 from milkglass.compression.base import Identity
-from milkglass.cuts import Caution, flops_per_sample
+from milkglass.cuts import Caution
 from milkglass.data import Deal
 from milkglass.desk import Desk
 from milkglass.errors import HijackError, RunError
@@ -29,18 +29,16 @@ from milkglass.server import Server
 from milkglass.training.evaluate import Evaluation, evaluate
 from milkglass.training.inputs import RECORDS, told
 from milkglass.training.rounds import EpochResult, Position, Seat, play_together, playing_epoch
-from milkglass.training.setup import (
-    Shapes,
-    compressor,
-    crossing_shapes,
-    deal_and_hash,
-    make_client,
-    make_desk,
-    make_hop,
-    share_of,
-    shared_rehearsal_key,
+from milkglass.training.setup import Shapes, compressor, crossing_shapes, make_client, make_desk, make_hop
+from milkglass.training.shares import deal_and_hash, share_of, shared_rehearsal_key
+from milkglass.training.summary import (
+    cautions_in_words,
+    client_flops,
+    metrics_line,
+    total_traffic,
+    traffic_summary,
 )
-from milkglass.transports.base import Flow, Traffic, Transport
+from milkglass.transports.base import Flow, Transport
 from milkglass.transports.local import LocalHub, LocalTransport, Sole
 from milkglass.transports.wrappers import Packing, PackingService, PackingTransport, packing
 
@@ -269,19 +267,6 @@ def _train_epochs(setup: Setup, folder: RunFolder, progress: Progress) -> list[d
     return lines
 
 
-def metrics_line(epoch: int, result: EpochResult) -> dict[str, Any]:
-    """What metrics.jsonl says of an epoch."""
-    found = result.evaluation
-    return {
-        "epoch": epoch,
-        "loss": result.loss if result.told else None,
-        "train_accuracy": result.accuracy if result.told else None,
-        "accuracy": None if found is None or not result.told else found.accuracy,
-        "distance_correlation": None if found is None else asdict(found.dependence),
-        "seconds": result.seconds,
-    }
-
-
 def write_stages(setup: Setup, folder: RunFolder) -> None:
     """The trained stages, a file each; owners of columns beside the first have a file of their own."""
     folder.write_tensors("bottom.safetensors", setup.client.stage.state_dict())
@@ -317,7 +302,7 @@ def evaluate_on_test(setup: Setup, epoch: int) -> Evaluation:
 def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> dict[str, Any]:
     """What summary.json says of a finished training."""
     records = setup.records
-    traffic = _total([seat.client.transport.traffic for seat in setup.seats])
+    traffic = total_traffic([seat.client.transport.traffic for seat in setup.seats])
     return {
         "accuracy": lines[-1]["accuracy"],
         "distance_correlation": lines[-1]["distance_correlation"],
@@ -342,42 +327,6 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
         "cautions": cautions_in_words(setup.cautions),
         "recipe_digest": setup.recipe.digest(),
     }
-
-
-def traffic_summary(traffic: Traffic) -> dict[str, Any]:
-    """The bytes and messages of a summary."""
-    return {
-        "bytes_sent": traffic.wire_bytes("to server"),
-        "bytes_received": traffic.wire_bytes("to client"),
-        "messages": traffic.messages,
-        "wire": [
-            {"direction": direction, "kind": kind, "messages": flow.messages, "bytes": flow.wire_bytes}
-            for (direction, kind), flow in traffic.flows.items()
-        ],
-    }
-
-
-def client_flops(seat: Seat) -> int:
-    """FLOPs of training a client's part of the network on one record."""
-    client, x_1 = seat.client, seat.share.train.x[:1]
-    flops = flops_per_sample(client.stage, x_1)
-    if client.head is not None:
-        features = crossing_shapes(seat.recipe, x_1.shape[1:], int(seat.share.train.y.max()) + 1).features
-        flops += flops_per_sample(client.head, torch.zeros(1, *features))
-    return flops
-
-
-def cautions_in_words(cautions: tuple[Caution, ...]) -> list[str]:
-    """A line for each."""
-    return [f"{caution.layer}: {caution.reason}; {caution.way_out}" for caution in cautions]
-
-
-def _total(parts: list[Traffic]) -> Traffic:
-    total = Traffic()
-    for part in parts:
-        for (direction, kind), flow in part.flows.items():
-            total.count(direction, kind, flow.wire_bytes, flow.messages)
-    return total
 
 
 @contextmanager

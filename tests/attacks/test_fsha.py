@@ -28,7 +28,7 @@ from milkglass.networks import build, cnn
 from milkglass.randomness import drawing_from, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.replay import drive
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.transcript import Driven, HonestServer, Knowledge, Pairs, Release, View
 from milkglass.transports.local import LocalTransport
 from tests.helpers import small_recipe

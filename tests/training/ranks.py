@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milkglass.errors import MessageError, MilkglassError
-from milkglass.messages import Message
+from milkglass.messages import Kind, Message
 from milkglass.randomness import Source, drawing_from, public_source
 from milkglass.server import Server
 from milkglass.sharding import Crew, Links, follow, linked
@@ -60,7 +60,7 @@ def make(stage: Callable[[], nn.Module], *, u_shaped: bool = False) -> Server:
     return Server(made, optimizer, loss=loss, cut_shape=(WIDTH,), source=Source(KEY))
 
 
-def batches(kind: str, sizes: list[int], pieces: int = 1, *, labels: bool = True) -> Iterator[Message]:
+def batches(kind: Kind, sizes: list[int], pieces: int = 1, *, labels: bool = True) -> Iterator[Message]:
     """Messages of a client, drawn from the sizes: each batch in pieces of that size."""
     for step, size in enumerate(sizes):
         for piece in range(pieces):

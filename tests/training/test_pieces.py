@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from milkglass.errors import CutError, RecipeError
 from milkglass.randomness import Source
 from milkglass.server import Server
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.training.split import Setup, play_epoch, set_up
 from milkglass.transports.wrappers import RecordingTransport
 from tests.helpers import KEY

@@ -37,7 +37,8 @@ from milkglass.training.inputs import form_in, read_input
 from milkglass.training.join import join
 from milkglass.training.predict import predict
 from milkglass.training.serve import Form, serve
-from milkglass.training.setup import Shapes, crossing_shapes, deal_records
+from milkglass.training.setup import Shapes, crossing_shapes
+from milkglass.training.shares import deal_records
 from milkglass.training.split import set_up, train
 from milkglass.transports.local import LocalTransport
 from tests.helpers import small_recipe
@@ -49,7 +50,10 @@ EIGHT: Final = tuple(f"clinic-{number}" for number in range(8))
 
 
 def _recipe(**changes: Any) -> Recipe:
-    impatient: dict[str, Any] = {"client": {"patience_seconds": 0.5}, "server": {"heartbeat_seconds": 2}}
+    impatient: dict[str, Any] = {
+        "client": {"patience_seconds": 0.5, "answer_seconds": 10},
+        "server": {"heartbeat_seconds": 2},
+    }
     return small_recipe(**(impatient | changes))
 
 

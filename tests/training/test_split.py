@@ -22,7 +22,7 @@ from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.runs import RunFolder
 from milkglass.server import Server
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.training.split import (
     Setup,
     Silence,

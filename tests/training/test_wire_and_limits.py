@@ -16,7 +16,8 @@ from milkglass.randomness import Source
 from milkglass.recipe import first_difference
 from milkglass.server import Server
 from milkglass.training.rounds import play_together
-from milkglass.training.setup import crossing_shapes, deal_records, make_desk
+from milkglass.training.setup import crossing_shapes, make_desk
+from milkglass.training.shares import deal_records
 from milkglass.training.split import Setup, play_epoch, set_up
 from milkglass.transcript import Transcript
 from milkglass.transports.local import LocalHub, LocalTransport

@@ -22,7 +22,7 @@ from milkglass.randomness import drawing_from
 from milkglass.recipe import Recipe
 from milkglass.server import Server
 from milkglass.training.rounds import Seat
-from milkglass.training.setup import deal_records
+from milkglass.training.shares import deal_records
 from milkglass.training.split import Setup, set_up
 from tests.helpers import small_recipe
 

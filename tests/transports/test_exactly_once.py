@@ -107,6 +107,7 @@ def _disturb(folder: Path, which: str, seeds: range, undisturbed: Undisturbed) -
         states = world.run(random_events(random.Random(seed), 800))
         _check(which, world, states, undisturbed)
         killed += world.killed
+        assert world.left_on_disk() == dict.fromkeys(world.names, 2) | {"server": 1}
         shutil.rmtree(folder / str(seed))
     assert killed > len(seeds) * 5
 

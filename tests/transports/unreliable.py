@@ -313,6 +313,16 @@ class World:
         place = int(detail.split()[0]) if detail else 0
         getattr(self, f"_{what}")(place, *detail.split()[1:])
 
+    def left_on_disk(self) -> dict[str, int]:
+        """How many files there are in each party's folder once everybody was started again."""
+        with self.disk.at_work():
+            for party in (*self.names, "server"):
+                self._die(party)
+                self.disk.fuse = None
+                _ = self._server() if party == "server" else self._client(party)
+            self.disk.died(self.folder)
+        return {folder.name: len(list(folder.iterdir())) for folder in self.folder.iterdir()}
+
     # What may happen: to the process, frame or client of some number.
 
     def _work(self, place: int) -> None:

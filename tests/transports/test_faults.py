@@ -1,0 +1,406 @@
+"""A bad network, a full disk, a jumping clock, a server that is away or silent: nothing is lost, and one line says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from milkglass.certificates import Credentials
+from milkglass.errors import DataError, LinkError, RunError
+from milkglass.messages import Addressed, Message
+from milkglass.transports.grpc import GrpcTransport
+from milkglass.transports.grpc_server import _Connection
+from tests.wire_faults import FaultyNetwork
+from tests.wire_server import Doubling, Holding, ServerThread, asks, bare_channel, dial, doubled, question, until
+
+Own = Callable[[str], Credentials]
+Dial = Callable[..., GrpcTransport]
+
+
+@pytest.fixture
+def service() -> Doubling:
+    return Doubling()
+
+
+@pytest.fixture
+def network(theirs: Credentials, service: Doubling, tmp_path: Path) -> Iterator[FaultyNetwork]:
+    """A bad network before a server with heartbeats of a second; `served` is the server."""
+    with (
+        ServerThread(theirs, tmp_path / "server", service, heartbeat_seconds=1.0) as server,
+        FaultyNetwork(server.port) as network,
+    ):
+        yield network
+        assert server.failure is None
+
+
+@pytest.fixture
+def client(own: Own, tmp_path: Path) -> Iterator[Dial]:
+    """(port, options): hospital-a, to be closed at the end."""
+    opened: list[GrpcTransport] = []
+
+    def make(port: int, name: str = "hospital-a", **options: Any) -> GrpcTransport:
+        credentials = own(name)
+        options = {"heartbeat_seconds": 1.0} | options
+        opened.append(dial(port, credentials, tmp_path / f"{name}-{len(opened)}", **options))
+        return opened[-1]
+
+    yield make
+    for transport in opened:
+        transport.close()
+
+
+def one_line(error: Exception, *words: str) -> None:
+    """A message of one line that holds these words, in this order."""
+    assert re.fullmatch("[^\n]*" + "[^\n]*".join(map(re.escape, words)) + "[^\n]*", str(error)), error
+
+
+# The network.
+
+
+@pytest.mark.parametrize("how", ["cut", "reset"])
+def test_a_connection_that_is_ended_again_and_again_loses_nothing(
+    how: str, network: FaultyNetwork, service: Doubling, client: Dial
+) -> None:
+    transport = client(network.port)
+    asks(transport, "hospital-a", [0])
+    over = threading.Event()
+
+    def end() -> None:
+        while not over.wait(0.2):
+            network.cut() if how == "cut" else network.reset()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    began, step = time.monotonic(), 1
+    while time.monotonic() - began < 2:
+        asks(transport, "hospital-a", [step], rows=2000)
+        step += 1
+    over.set()
+    ending.join()
+    assert network.accepted > 3
+    assert service.steps == list(range(step))
+
+
+def test_a_reset_in_the_middle_of_a_frame_loses_nothing(
+    network: FaultyNetwork, service: Doubling, client: Dial
+) -> None:
+    rows = 100_000
+    for count, share in enumerate((0.01, 0.3, 0.6, 0.999)):
+        network.reset_after = int(share * rows * 3 * 4)
+        transport = client(network.port)
+        transport.sender._next = transport.sender._expected = 2 * count  # goes on where the one before was
+        asks(transport, "hospital-a", [2 * count, 2 * count + 1], rows=rows)
+        assert network.resets == count + 1
+        transport.close()
+        transport._loop = transport._loop.__class__()
+    assert service.steps == list(range(8))
+
+
+def test_a_half_open_connection_is_found_by_its_heartbeats(
+    network: FaultyNetwork, service: Doubling, client: Dial
+) -> None:
+    transport = client(network.port)
+    asks(transport, "hospital-a", range(3))
+    network.fall_silent()
+    began = time.monotonic()
+    asks(transport, "hospital-a", range(3, 6))
+    assert 0.5 < time.monotonic() - began < 10
+    assert network.accepted >= 2
+    assert service.steps == list(range(6))
+
+
+def test_a_slow_line_brings_the_same_answers(network: FaultyNetwork, service: Doubling, client: Dial) -> None:
+    network.delay_seconds, network.bytes_per_second = 0.05, 2e6
+    transport = client(network.port)
+    asks(transport, "hospital-a", [0])
+    began = time.monotonic()
+    asks(transport, "hospital-a", [1])
+    assert time.monotonic() - began > 0.1  # there and back
+    asks(transport, "hospital-a", [2], rows=100_000)  # longer on the line than two heartbeats would be
+    assert service.steps == [0, 1, 2]
+    assert network.accepted == 1
+
+
+@pytest.mark.parametrize("order", [[3, 2, 1, 0], [1, 1, 0, 3, 0, 2, 2, 3], [2, 3, 0, 0, 0, 1]])
+def test_doubled_and_reordered_answers_are_put_in_order(
+    order: list[int], theirs: Credentials, client: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, held = Doubling(), list[bytes]()
+    push = _Connection.push
+
+    async def shuffled(connection: _Connection, frame: bytes) -> None:
+        if len(frame) > 1000:  # no greeting
+            held.append(frame)
+            if len(held) < 4:
+                return
+            batch = [held[place] for place in order]
+            held.clear()
+            for each in batch:
+                await push(connection, each)
+        else:
+            await push(connection, frame)
+
+    monkeypatch.setattr(_Connection, "push", shuffled)
+    with ServerThread(theirs, tmp_path / "server", service, window=5) as server:
+        transport = client(server.port)
+        for step in range(6):
+            sent = question("hospital-a", step, rows=400)
+            pieces = [Message("activations", "hospital-a", step, sent.tensors, piece, 4) for piece in range(4)]
+            for piece in pieces:
+                transport.send(piece)
+            for piece in pieces:
+                answer = transport.receive()
+                assert (answer.step, answer.piece) == (step, piece.piece)
+                assert torch.equal(answer.tensors["gradient"], doubled(piece).tensors["gradient"])
+    assert service.steps == [step for step in range(6) for _ in range(4)]
+
+
+def test_a_server_comes_back_at_the_same_port(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
+    services, port, transport = [Doubling() for _ in range(4)], 0, None
+    for restart, service in enumerate(services):
+        with ServerThread(theirs, tmp_path / "server", service, port=port) as server:
+            port = server.port
+            transport = transport or client(port)
+            asks(transport, "hospital-a", range(restart * 5, restart * 5 + 5))
+    for restart, service in enumerate(services):  # each took what came before again, from the journal, and once
+        assert service.steps == list(range(restart * 5 + 5))
+
+
+# A server that is away, silent, or busy.
+
+
+def test_a_server_that_is_away_is_named_after_the_clients_patience(
+    theirs: Credentials, client: Dial, tmp_path: Path
+) -> None:
+    with ServerThread(theirs, tmp_path / "server", Doubling()) as server:
+        transport = client(server.port, patience_seconds=1.0)
+        asks(transport, "hospital-a", [0])
+    began = time.monotonic()
+    with pytest.raises(LinkError) as raised:
+        asks(transport, "hospital-a", [1])
+    assert 1 <= time.monotonic() - began < 5
+    one_line(raised.value, f"localhost:{server.port} could not be reached for 1 seconds", "nothing is lost", "--resume")
+
+
+def test_a_server_that_lets_in_and_hangs_up_is_given_up_as_well(
+    theirs: Credentials, client: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs_up(self: Any, party: str, frame: bytes) -> Message:
+        raise RuntimeError("hung up")
+
+    with ServerThread(theirs, tmp_path / "server", Doubling()) as server:
+        monkeypatch.setattr(type(server.taker), "check", hangs_up)
+        transport = client(server.port, patience_seconds=1.5)
+        began = time.monotonic()
+        with pytest.raises(LinkError, match="could not be reached for 1.5 seconds"):
+            asks(transport, "hospital-a", [0])
+        assert 1.5 <= time.monotonic() - began < 6
+        assert len(server.said("connected")) < 10  # with growing pauses
+
+
+def test_a_server_that_never_answers_is_named_with_what_was_awaited(
+    theirs: Credentials, client: Dial, tmp_path: Path
+) -> None:
+    service = Holding()
+    with ServerThread(theirs, tmp_path / "server", service, heartbeat_seconds=0.3) as server:
+        transport = client(server.port, answer_seconds=1.0)
+        transport.send(question("hospital-a", 7))
+        answered = threading.Event()
+        threading.Timer(2.5, answered.set).start()
+        server.after_heartbeats(answered)  # from then on it says nothing any more
+        began = time.monotonic()
+        with pytest.raises(LinkError) as raised:
+            transport.receive()
+        assert 3 < time.monotonic() - began < 8  # heartbeats kept it waiting for longer than a second
+    one_line(
+        raised.value,
+        f"the server at localhost:{server.port} has given no sign for 1 seconds",
+        "awaited was the answer to 'activations' of step 7",
+        "it was waiting for hospital-b",
+    )
+
+
+def test_heartbeats_keep_a_long_wait_alive_and_say_for_whom(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
+    said: list[dict[str, object]] = []
+    with ServerThread(theirs, tmp_path / "server", Holding(), heartbeat_seconds=0.3) as server:
+        waiting = client(
+            server.port, answer_seconds=1.0, log=lambda event, **values: said.append({"event": event, **values})
+        )
+        late = client(server.port, "hospital-b")
+        waiting.send(question("hospital-a", 0))
+        timer = threading.Timer(2.5, lambda: asks(late, "hospital-b", [0]))
+        timer.start()
+        answer = waiting.receive()
+        timer.join()
+        assert torch.equal(answer.tensors["gradient"], question("hospital-a", 0).tensors["activations"] * 2)
+    assert [line for line in said if line["event"] == "waiting"] == [
+        {"event": "waiting", "party": "hospital-a", "waits_for": "hospital-b"}
+    ]
+
+
+def test_health_is_told_over_mutual_tls_also_while_a_step_computes(
+    theirs: Credentials, own: Own, client: Dial, tmp_path: Path
+) -> None:
+    service = Doubling(seconds=2.0)
+    with ServerThread(theirs, tmp_path / "server", service, heartbeat_seconds=0.5, handshake_seconds=0.5) as server:
+        transport = client(server.port, answer_seconds=1.0)
+        transport.connect()
+        computing = threading.Thread(target=lambda: asks(transport, "hospital-a", range(2)))
+        computing.start()
+        with bare_channel(server.port, own("hospital-b")) as channel:
+            asked = 0
+            while computing.is_alive():
+                began = time.monotonic()
+                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                assert time.monotonic() - began < 0.5
+                asked += 1
+                time.sleep(0.05)
+        assert asked > 20
+        computing.join()
+        with bare_channel(server.port, Credentials(theirs.root, b"", b"", "")) as stranger:
+            with pytest.raises(grpc.RpcError) as raised:
+                health_pb2_grpc.HealthStub(stranger).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: server.watch.refusals["handshake"] >= 1)
+        assert set(server.watch.refusals) == {"handshake"}  # who asks for health is no stranger
+    assert service.steps == [0, 1]
+
+
+# The machine.
+
+
+@pytest.mark.parametrize("jump", [-1e9, -3600.0, 3600.0, 1e8])
+def test_a_clock_that_jumps_changes_nothing(
+    jump: float, theirs: Credentials, client: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, began = time.time, time.monotonic()
+    with ServerThread(theirs, tmp_path / "server", Holding(), heartbeat_seconds=0.3) as server:
+        first, second = client(server.port, answer_seconds=2.0), client(server.port, "hospital-b", answer_seconds=2.0)
+        for step in range(6):
+            with monkeypatch.context() as patched:
+                if step % 2:
+                    patched.setattr(time, "time", lambda: real() + jump)
+                for transport, party in ((first, "hospital-a"), (second, "hospital-b")):
+                    transport.send(question(party, step))
+                    transport.connect()
+                time.sleep(0.1)
+                for transport, party in ((first, "hospital-a"), (second, "hospital-b")):
+                    answer = transport.receive()
+                    assert torch.equal(answer.tensors["gradient"], question(party, step).tensors["activations"] * 2)
+        assert len(server.said("connected")) == 2
+        assert not server.said("disconnected")
+    assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None, int], None]:
+    """(folder, bytes): no more than so many bytes can be written below it from now on; None: there is room again."""
+    real, left = os.pwrite, [0]
+    full: list[Path] = []
+
+    def pwrite(file: int, content: bytes, offset: int) -> int:
+        if full and Path(f"/proc/self/fd/{file}").resolve().is_relative_to(full[0]):
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            content = bytes(memoryview(content)[: left[0]])
+            left[0] -= len(content)
+        return real(file, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+    def fill(folder: Path | None, room_bytes: int = 0) -> None:
+        full[:] = [] if folder is None else [folder.resolve()]
+        left[0] = room_bytes
+
+    return fill
+
+
+def test_a_full_disk_at_the_server_stops_it_and_its_clients_wait(
+    theirs: Credentials, client: Dial, tmp_path: Path, full_disk: Any
+) -> None:
+    first, second = Doubling(), Doubling()
+    with ServerThread(theirs, tmp_path / "server", first) as server:
+        transport, other = client(server.port), client(server.port, "hospital-b")
+        asks(transport, "hospital-a", range(3))
+        asks(other, "hospital-b", range(3))
+        full_disk(tmp_path / "server", 100)
+        asking = threading.Thread(target=lambda: asks(transport, "hospital-a", range(3, 6)))
+        asking.start()
+        until(lambda: server.failure is not None)
+    assert isinstance(server.failure, RunError)
+    one_line(server.failure, "cannot write", "No space left on device", "what was written before is whole")
+    time.sleep(0.3)
+    assert asking.is_alive()
+    full_disk(None)
+    with ServerThread(theirs, tmp_path / "server", second, port=server.port):  # as with --resume
+        asking.join(20)
+        assert not asking.is_alive()
+        asks(other, "hospital-b", range(3, 5))
+    assert second.steps == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4]
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1, 100, 500])
+def test_a_full_disk_at_a_client_is_one_line_and_it_goes_on(
+    room_bytes: int, theirs: Credentials, own: Own, service: Doubling, tmp_path: Path, full_disk: Any
+) -> None:
+    with ServerThread(theirs, tmp_path / "server", service) as server:
+        transport = dial(server.port, own("hospital-a"), tmp_path / "own")
+        asks(transport, "hospital-a", range(3))
+        full_disk(tmp_path / "own", room_bytes)
+        with pytest.raises(RunError) as raised:
+            asks(transport, "hospital-a", range(3, 6))
+        one_line(raised.value, "cannot write", "No space left on device", "what was written before is whole")
+        transport.close()
+        full_disk(None)
+        again = dial(server.port, own("hospital-a"), tmp_path / "own")
+        asks(again, "hospital-a", range(6))
+        again.close()
+    assert service.steps == list(range(6))
+
+
+def test_what_cannot_go_on_is_told_to_every_client(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
+    class Unmatched:
+        def receive(self, message: Message) -> list[Addressed]:
+            if message.party == "hospital-b":
+                raise DataError("records do not match: 3 of hospital-a, 5 of hospital-b")
+            return []
+
+    with ServerThread(theirs, tmp_path / "server", Unmatched()) as server:
+        waiting, second = client(server.port), client(server.port, "hospital-b")
+        waiting.send(question("hospital-a", 0))
+        waits = threading.Thread(target=lambda: second.send(question("hospital-b", 0)))
+        waits.start()
+        waits.join()
+        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
+            second.receive()
+        began = time.monotonic()
+        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
+            waiting.receive()
+        assert time.monotonic() - began < 5
+    assert isinstance(server.failure, DataError)
+
+
+def test_an_error_of_the_servers_own_stops_it_too(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
+    class Broken:
+        def receive(self, message: Message) -> list[Addressed]:
+            raise ZeroDivisionError("a secret: 0.123")
+
+    with ServerThread(theirs, tmp_path / "server", Broken()) as server:
+        transport = client(server.port, patience_seconds=1.0)
+        with pytest.raises(LinkError) as raised:
+            asks(transport, "hospital-a", [0])
+    assert isinstance(server.failure, ZeroDivisionError)
+    assert "secret" not in str(raised.value)
+    one_line(raised.value, "could not be reached")
