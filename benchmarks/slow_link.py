@@ -59,8 +59,13 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def slow_link(rate: float, delay_seconds: float) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """((namespace, address), (namespace, address)) of two hosts; rate in bit/s, delay one way. Removed at the end."""
+def slow_link(
+    rate: float, delay_seconds: float, congestion: str = "cubic"
+) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """((namespace, address), (namespace, address)) of two hosts; removed at the end.
+
+    rate: bit/s. delay_seconds: one way. congestion: TCP's way to find its rate.
+    """
     ends = [(f"mg{os.getpid()}-{side}", f"10.213.77.{number}") for number, side in enumerate("ab", start=1)]
     switch = None
     try:
@@ -73,6 +78,9 @@ def slow_link(rate: float, delay_seconds: float) -> Iterator[tuple[tuple[str, st
         assert switch.stdout is not None
         if switch.stdout.readline() != "ready\n":
             raise OSError("the wire between the namespaces could not be laid")
+        for namespace, address in ends:
+            route = f"route replace 10.213.77.0/24 dev wire src {address} congctl {congestion}"
+            subprocess.run(["ip", "-n", namespace, *route.split()], check=True)
         yield ends[0], ends[1]
     finally:
         if switch is not None:

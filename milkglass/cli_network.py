@@ -61,7 +61,9 @@ def serve(
     With --predict: answer their questions with what was trained, until it is stopped.
     """
     from milkglass.errors import RecipeError
-    from milkglass.logs import party_log
+    from milkglass.logs import party_log, quiet_grpc
+
+    quiet_grpc()
     from milkglass.recipe import load_recipe
     from milkglass.training.serve import Onward, follow
     from milkglass.training.serve import serve as serve_recipe
@@ -119,7 +121,9 @@ def join(
 ) -> None:
     """Be a client of a training between machines: dial out to the server, and train with one's own records."""
     from milkglass.errors import RecipeError
-    from milkglass.logs import party_log
+    from milkglass.logs import party_log, quiet_grpc
+
+    quiet_grpc()
     from milkglass.progress import TrainingProgress
     from milkglass.recipe import load_recipe
     from milkglass.training.join import join as join_recipe
@@ -174,7 +178,9 @@ def predict(
     from rich.table import Table
 
     from milkglass.errors import LinkError
-    from milkglass.logs import party_log
+    from milkglass.logs import party_log, quiet_grpc
+
+    quiet_grpc()
     from milkglass.progress import PredictionProgress
     from milkglass.training.predict import predict as predict_records
 

@@ -160,7 +160,7 @@ class _Part:
             self.server.optimizer.zero_grad(set_to_none=True)
 
     def _meet(self, z: Tensor) -> DistributedDataParallel:
-        """Where ranks add up their gradients. A pass beforehand shows whether the output follows from all parameters."""
+        """Where ranks add up their gradients. A first pass shows whether all parameters have a part in the output."""
         learned = [tensor for tensor in self.server.stage.parameters() if tensor.requires_grad]
         with torch.enable_grad():
             out = self.server.stage.eval()(z.clone()).sum()

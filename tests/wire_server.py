@@ -181,7 +181,8 @@ class ServerThread:
         def log(event: str, **values: object) -> None:
             self.lines.append({"event": event, **values})
 
-        server = make_server(self.taker, self.watch, log, self._clients, run=self._run, **self._options)
+        watch = self._options.pop("watch", self.watch)
+        server = make_server(self.taker, watch, log, self._clients, run=self._run, **self._options)
         try:
             self.port = await server.start(f"localhost:{self.port}", self._credentials)
             self._ready.set()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import tomli_w
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from milkglass.client import StepResult
-from milkglass.errors import CutError, RecipeError
+from milkglass.errors import CutError, MilkglassError, RecipeError
 from milkglass.randomness import Source
 from milkglass.recipe import parse_recipe
 from milkglass.training import sharded
@@ -33,7 +33,7 @@ from milkglass.training.join import join
 from milkglass.training.serve import serve
 from milkglass.training.split import Silence, train
 from tests.helpers import KEY, small_recipe
-from tests.training.ranks import PLAYS, play
+from tests.training.ranks import PLAYS, batches, make, mlp, play
 from tests.training.whole import MLP, U_SHAPED, parties
 
 ROOT = Path(__file__).parents[2]
@@ -262,3 +262,32 @@ def test_whichever_rank_is_killed_nothing_is_lost(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 0, log.read_text()
     _compare(out, tmp_path / "whole", ["top"])
     _compare(tmp_path / "ann", tmp_path / "whole", ["bottom", "head"])
+
+
+@final
+class _Broken:
+    """A crew of which somebody dies before the step."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage = stage
+
+    def forward(self, z: Tensor, piece: tuple[int, int] | None) -> Tensor:
+        return self._stage(z)  # type: ignore[no-any-return]
+
+    def step(self) -> None:
+        raise MilkglassError("gone")
+
+    def load(self) -> None:
+        raise MilkglassError("gone")
+
+
+def test_a_step_that_not_all_take_stays_half_done_so_that_no_checkpoint_holds_it() -> None:
+    server = make(mlp)
+    server.sharing = _Broken(server.stage)
+    before = {name: tensor.clone() for name, tensor in server.weights().items()}
+    first, second = batches("activations", [4], pieces=2)
+    server.reply(first)
+    with pytest.raises(MilkglassError, match="gone"):
+        server.reply(second)
+    assert not server.resting
+    assert all(torch.equal(tensor, before[name]) for name, tensor in server.weights().items())
