@@ -34,8 +34,8 @@ from milkglass.transports.grpc import GrpcTransport, channel_options
 from milkglass.transports.grpc_server import GrpcServer
 
 ROWS: Final = 64
-_WARM_UP: Final = 50
-_JOURNAL_BYTES: Final = 256 << 20  # as in training: then there is a checkpoint, and a new journal
+WARM_UP: Final = 50
+JOURNAL_BYTES: Final = 256 << 20  # as in training: then there is a checkpoint, and the journal begins anew
 _HEARTBEAT_SECONDS: Final = 10.0
 _METHOD: Final = "/bare/Talk"
 _TCP_BYTES: Final = struct.Struct("120x2Q")  # of struct tcp_info: bytes acknowledged, bytes received
@@ -72,7 +72,7 @@ async def _serve_ours(pipe: Connection, address: str, credentials: Credentials, 
         taker = Taker(Echo(), {CLIENT: limits}, run=1, window=2, folder=Path(folder))
 
         def keep() -> None:
-            if taker.size_bytes >= _JOURNAL_BYTES:
+            if taker.size_bytes >= JOURNAL_BYTES:
                 taker.rotate()
 
         agreements = {CLIENT: Agreement({}, crossing(size_kib).cut)}
@@ -81,7 +81,7 @@ async def _serve_ours(pipe: Connection, address: str, credentials: Credentials, 
         await server.run_until(asyncio.Event())
 
 
-def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int) -> None:
+def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int, warm_up: int = WARM_UP) -> None:
     """In a worker: our client. It reports what it has sent and received, in frames and over TCP: bytes."""
     address, credentials = _at_client(where, port)
     told = message(size_kib)
@@ -100,10 +100,10 @@ def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int) -> None:
 
         def ask() -> None:
             transport.exchange(told)
-            if transport.sender.size_bytes >= _JOURNAL_BYTES:
+            if transport.sender.size_bytes >= JOURNAL_BYTES:
                 transport.sender.rotate()
 
-        _work(Turn(pipe, _WARM_UP, report), ask)
+        _work(Turn(pipe, warm_up, report), ask)
         transport.close()
 
 
@@ -127,7 +127,7 @@ def ask_asyncio(pipe: Connection, where: Place, size_kib: int, port: int) -> Non
     """In a worker: a bare client."""
 
     async def ask(address: str, credentials: Credentials) -> None:
-        frame, turn = _bytes(size_kib), Turn(pipe, _WARM_UP)
+        frame, turn = _bytes(size_kib), Turn(pipe, WARM_UP)
         async with grpc.aio.secure_channel(address, _shown(credentials), options=_options(size_kib)) as channel:
             call = channel.stream_stream(_METHOD)()
             with contextlib.suppress(OverError):
@@ -164,7 +164,7 @@ def ask_blocking(pipe: Connection, where: Place, size_kib: int, port: int) -> No
             frames.put(frame)
             assert len(next(answers)) == len(frame)
 
-        _work(Turn(pipe, _WARM_UP), ask)
+        _work(Turn(pipe, WARM_UP), ask)
         frames.put(b"")
 
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -120,7 +121,7 @@ class Network:
         self._port = 0
         self._parties: list[Party] = []
         folder.mkdir(parents=True)
-        (folder / "recipe.toml").write_text(recipe.to_toml())
+        self.write_recipe(recipe)
         for name in (*self.names, "shared by the clients"):
             key = hashlib.sha256(f"milkglass rehearsal {recipe.seed} {name}".encode()).digest()
             (folder / f"{name}.key").write_bytes(key)
@@ -133,6 +134,10 @@ class Network:
     ) -> None:
         for party in self._parties:
             party.end()
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """What a party that is started from now on reads: it may differ in what is the party's own."""
+        (self.folder / "recipe.toml").write_text(recipe.to_toml())
 
     def start(self, name: str, *, resume: bool = False) -> Party:
         """Start a party; the server first: it keeps the port that it gets."""
@@ -287,7 +292,7 @@ def _tell(told: Connection, work: Callable[[], dict[str, Any]]) -> None:
 def _log(path: Path) -> Callable[..., None]:
     def log(event: str, **values: object) -> None:
         with path.open("a") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(json.dumps({"at": time.monotonic(), "event": event, **values}) + "\n")
 
     return log
 

@@ -61,7 +61,11 @@ class Sender:
 
     def __init__(self, folder: Path, number: int = _FIRST) -> None:
         self._folder = folder
-        self._begin(number)
+        self._next = self._expected = number
+        self._outbox = Journal(self._path("sent", number))
+        self._inbox = Journal(self._path("received", number))
+        self._unanswered: dict[int, bytes] = {}
+        self._answers: dict[int, tuple[Message, int]] = {}
         self._sent_before = deque(self._outbox.frames())
         self._answered_before = {peek_header(frame).number: frame for frame in self._inbox.frames()}
         _remove_others(folder, number)
@@ -135,29 +139,20 @@ class Sender:
         return found
 
     def rotate(self) -> None:
-        """A checkpoint was written, with every message answered: begin new journals, and remove the old ones."""
+        """A checkpoint was written, with every message answered: begin the journals anew."""
         if self.awaited is not None:
             raise RunError(f"message {self.awaited} is not answered yet: no time for a checkpoint")
         if not self.caught_up:
             raise RunError(f"{self._outbox.path} holds more than was said again: no time for a checkpoint")
         if self._outbox.path == self._path("sent", self._next):
             return  # nothing was said since the last one
-        outbox, inbox = self._outbox, self._inbox
-        self._begin(self._next)
-        outbox.remove()
-        inbox.remove()
+        self._outbox.begin_anew(self._path("sent", self._next))
+        self._inbox.begin_anew(self._path("received", self._next))
 
     def close(self) -> None:
         """Close the files."""
         self._outbox.close()
         self._inbox.close()
-
-    def _begin(self, number: int) -> None:
-        self._next = self._expected = number
-        self._outbox = Journal(self._path("sent", number))
-        self._inbox = Journal(self._path("received", number))
-        self._unanswered: dict[int, bytes] = {}
-        self._answers: dict[int, tuple[Message, int]] = {}
 
     def _path(self, what: str, number: int) -> Path:
         return self._folder / f"{number:012d}.{what}"
@@ -300,15 +295,16 @@ class Taker:
                 self._lines[party].prints[int(number)] = int(tensor) + 2**63
 
     def rotate(self) -> None:
-        """A checkpoint was written: begin a new journal with what has no answer yet, and remove the old one."""
+        """A checkpoint was written: begin the journal anew, with what has no answer yet.
+
+        Whoever dies before that is written has not taken it, and is sent it again.
+        """
         self._check_whole()
-        old, held = self._inbox, list(self._unanswered.values())
-        if old.path == self._path():
+        if self._inbox.path == self._path():
             return  # nothing came since the last one
-        self._inbox = Journal(self._path())
-        for frame in held:
+        self._inbox.begin_anew(self._path())
+        for frame in self._unanswered.values():
             self._inbox.append(frame)
-        old.remove()
 
     def close(self) -> None:
         """Close the file."""

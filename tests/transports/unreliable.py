@@ -80,7 +80,7 @@ class Disk:
             self.close(file)
 
     def __getattr__(self, name: str) -> Any:
-        return partial(self._one, name) if name in ("pwrite", "ftruncate", "unlink") else getattr(os, name)
+        return partial(self._one, name) if name in ("pwrite", "ftruncate", "unlink", "rename") else getattr(os, name)
 
     def _one(self, name: str, *arguments: Any) -> Any:
         """One operation that changes what is on the disk."""
