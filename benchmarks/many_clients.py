@@ -1,4 +1,4 @@
-"""Many clients at once against one server (splitfed1), over loopback with mutual TLS: memory, and whether a step is lost.
+"""Many clients at once against one server (splitfed1), over loopback with mutual TLS: its memory, and lost steps.
 
     python -m benchmarks.many_clients [--clients 32] [--seconds 600] [--out FILE.json]
 
@@ -71,7 +71,8 @@ def measure(count: int, seconds: float) -> dict[str, Any]:
         server = _FORKSERVER.Process(target=_be_server, args=(theirs, recipe, folder), daemon=True)
         server.start()
         port = _told(pipe, _START_SECONDS)
-        done, stop = _FORKSERVER.Array("q", count), _FORKSERVER.Event()
+        done: Any = _FORKSERVER.Array("q", count)
+        stop = _FORKSERVER.Event()
         clients = [
             _FORKSERVER.Process(target=_be_client, args=(recipe, folder, name, port, done, stop), daemon=True)
             for name in names

@@ -115,7 +115,8 @@ def _whole(pipe: Connection, recipe: Recipe, threads: int) -> None:
     turn = Turn(pipe, WARM_UP_STEPS)
     with contextlib.suppress(OverError):
         while True:
-            for rows in torch.randperm(len(records), generator=generator).split(recipe.training.batch_size)[:-1]:
+            order = torch.randperm(len(records), generator=generator)
+            for rows in torch.split(order, recipe.training.batch_size)[:-1]:
                 x, y_B = records.x[rows], records.y[rows]
                 logits_BK = model(x)
                 loss = F.cross_entropy(logits_BK, y_B)

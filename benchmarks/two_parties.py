@@ -43,10 +43,9 @@ class Case:
         return f"{self.data} {self.network}"
 
 
-FASHION: Final = ((1, 28, 28), "cnn", {})
 CASES: Final = (
-    Case("Fashion-MNIST", *FASHION, "block2"),
-    Case("Fashion-MNIST", *FASHION, "block1"),
+    Case("Fashion-MNIST", (1, 28, 28), "cnn", {}, "block2"),
+    Case("Fashion-MNIST", (1, 28, 28), "cnn", {}, "block1"),
     Case("CIFAR-10", (3, 32, 32), "resnet", {"depth": 8}, "block1"),
     Case("CIFAR-10", (3, 32, 32), "resnet", {"depth": 8}, "block2"),
 )

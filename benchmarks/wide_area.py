@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--congestion", default="cubic", help="TCP's congestion control")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    print(f"{command_line()}\n{machine_line()}; {'data sets' if arguments.data else 'random records'}, {arguments.congestion}\n")
+    records = "data sets" if arguments.data else "random records"
+    print(f"{command_line()}\n{machine_line()}; {records}, {arguments.congestion}\n")
     reason = why_not()
     if reason is not None:
         print(f"skipped: {reason}")

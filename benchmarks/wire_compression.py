@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     print(f"{command_line()}\n{machine_line()}\n")
-    print("| data | wire | accuracy, % | against none, points | bytes, MB | share of none's |\n|---|---|---|---|---|---|")
+    print(
+        "| data | wire | accuracy, % | against none, points | bytes, MB | share of none's |\n|---|---|---|---|---|---|"
+    )
     sets: dict[str, tuple[dict[str, object], int, int]] = {"digits": ({"name": "digits"}, _DIGITS_EPOCHS, 64)}
     if arguments.data:
         train_path, test_path = (str(arguments.data / f"fashion-mnist-{part}.npz") for part in ("train", "test"))

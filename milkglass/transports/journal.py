@@ -69,7 +69,7 @@ class Journal:
         """Hold nothing, and be called `path`: a checkpoint holds what it held."""
         try:
             os.pwrite(self._file, _END, 0)  # first: under the new name it must never seem to hold anything
-            os.rename(self.path, path)  # noqa: PTH104 - like all that is done here, by `os`
+            os.rename(self.path, path)  # noqa: PTH104 - by `os`, as all that is done to the file
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from None
         self._old_bytes = max(self._old_bytes, self.size_bytes)

@@ -191,3 +191,58 @@ def test_a_random_life_of_appends_deaths_and_openings(tmp_path: Path) -> None:
         if expected and generator.random() < 0.5:  # it dies while it writes the last one
             os.truncate(path, path.stat().st_size - generator.randrange(1, len(expected[-1])))
             expected.pop()
+
+
+def test_a_journal_begun_anew_holds_what_came_since(tmp_path: Path) -> None:
+    """Each time in the place of what it held before, which may have been longer or shorter."""
+    path, generator = tmp_path / "0", random.Random(0)
+    path.touch()
+    for turn in range(300):
+        journal, expected = Journal(path), _frames(path)
+        assert list(journal.frames()) == expected
+        for _ in range(generator.randrange(4)):
+            path = tmp_path / f"{turn}.{len(expected)}.{generator.random()}"
+            journal.begin_anew(path)
+            assert journal.size_bytes == 0
+            expected = generator.choices(FRAMES, k=generator.randrange(6))
+            for frame in expected:
+                journal.append(frame)
+        journal.close()
+        assert _frames(path) == expected
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def _alike(party: str, number: int) -> bytes:
+    """Frames that say the same of themselves but for the party and the checksum."""
+    return encode(Message("activations", party, 0, {"z": torch.full((16,), number)}), 7)
+
+
+@pytest.mark.parametrize("newer", [_alike("ben", 2), *FRAMES], ids=["alike", "0", "1", "2"])
+@pytest.mark.parametrize("older", [_alike("ann", 1), *FRAMES], ids=["alike", "0", "1", "2"])
+def test_nothing_older_shows_through_a_write_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bytes, newer: bytes
+) -> None:
+    """The process dies after any number of bytes, of the frame or of the zeros behind it."""
+    pwrite = os.pwrite
+    for room in range(64 + len(newer)):
+        left = room
+
+        def until_it_dies(file: int, content: bytes, offset: int) -> int:
+            nonlocal left
+            written = pwrite(file, content[:left], offset)
+            left -= written
+            if written < len(content):
+                raise KeyboardInterrupt
+            return written
+
+        path = tmp_path / "journal"
+        journal = _journal_of(tmp_path / "before", [older] * 8)
+        journal.begin_anew(path)
+        journal.append(older)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", until_it_dies)
+            with pytest.raises(KeyboardInterrupt):
+                journal.append(newer)
+        journal.close()
+        assert _frames(path) in ([older], [older, newer])  # the last bytes may be those that lay there
+        path.unlink()
