@@ -11,7 +11,7 @@ from typing import final
 
 import torch
 
-from milkglass.errors import MessageError
+from milkglass.errors import LinkError, MessageError
 from milkglass.messages import Message
 from milkglass.server import Server
 from milkglass.transports.base import Transport
@@ -45,17 +45,27 @@ class Hop:
         own = Message("activations", message.party, message.step, {"activations": message.tensors["activations"]})
         made = self.server.reply(self._piece(own, message)).tensors["features"]
         answer = self._ask(message, {"activations": made, **labels}, "gradients")
-        gradient = {"gradient": answer.tensors["gradient"]}
-        back = self.server.reply(self._piece(Message("returns", message.party, message.step, gradient), message))
+        gradient = {"gradient": answer.tensors.get("gradient", torch.zeros(0))}
+        try:
+            back = self.server.reply(self._piece(Message("returns", message.party, message.step, gradient), message))
+        except MessageError as error:
+            raise self._fault(answer.party, error) from None
         told = {name: tensor for name, tensor in answer.tensors.items() if name != "gradient"}
         return self._piece(Message("gradients", self.name, message.step, {**back.tensors, **told}), message)
 
     def _ask(self, message: Message, tensors: dict[str, torch.Tensor], kind: str) -> Message:
         question = self._piece(Message(message.kind, self.name, message.step, tensors), message)
-        answer = self.onward.exchange(question)
-        if answer.kind != kind or (answer.step, answer.piece) != (message.step, message.piece):
-            raise MessageError(f"step {message.step}: expected {kind!r}, {answer.party} sent {answer.kind!r}")
+        try:
+            answer = self.onward.exchange(question)
+            if answer.kind != kind or (answer.step, answer.piece) != (message.step, message.piece):
+                raise MessageError(f"step {message.step}: expected {kind!r}, {answer.party} sent {answer.kind!r}")
+        except MessageError as error:
+            raise self._fault("the next party", error) from None
         return Message(answer.kind, self.name, answer.step, answer.tensors, answer.piece, answer.pieces)
+
+    def _fault(self, party: str, error: MessageError) -> LinkError:
+        """Not this client's fault, and in the middle of a step: the hop stops, and goes on from its journal."""
+        return LinkError(f"{self.name} cannot go on with {party}: {error}")
 
     def _piece(self, message: Message, of: Message) -> Message:
         return Message(message.kind, message.party, message.step, message.tensors, of.piece, of.pieces)
