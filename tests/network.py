@@ -28,7 +28,7 @@ from milkglass.errors import MilkglassError
 from milkglass.messages import Message
 from milkglass.recipe import Recipe, load_recipe
 from milkglass.training.join import join
-from milkglass.training.serve import serve
+from milkglass.training.serve import Onward, serve
 from milkglass.training.split import computing_with, play_epoch, set_up
 from milkglass.training.summary import metrics_line
 from milkglass.transports.exactly_once import Sender, Taker
@@ -112,13 +112,16 @@ def goodbyes(crossed: Frames) -> Frames:
 class Network:
     """The parties of a recipe, their folders below one, certificates, and the keys that `set_up` gives them.
 
+    The server is dialed by the name localhost; a hop's name is the address under which it is dialed: 127.0.0.1.
+
     Ends all its processes with the context.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, certificates: Path) -> None:
         self.folder, self.recipe, self._certificates = folder, recipe, certificates
-        self.names = [recipe.parties.server, *recipe.parties.clients]
-        self._port = 0
+        self._servers = [recipe.parties.server, *reversed(recipe.parties.hops)]  # each is dialed by the one after it
+        self.names = [*self._servers, *recipe.parties.clients]
+        self._ports: dict[str, int] = {}
         self._parties: list[Party] = []
         folder.mkdir(parents=True)
         self.write_recipe(recipe)
@@ -141,14 +144,19 @@ class Network:
 
     def start(self, name: str, *, resume: bool = False) -> Party:
         """Start a party; the server first: it keeps the port that it gets."""
-        server = name == self.recipe.parties.server
-        if server:
-            party = Party(_serve, self.folder, name, self._certificates / "localhost", self._port, resume)
+        if name in self._servers:
+            own = self._certificates / ("localhost" if name == self.recipe.parties.server else name)
+            before = self._servers[: self._servers.index(name)]
+            onward = self._ports[before[-1]] if before else None
+            party = Party(_serve, self.folder, name, own, self._ports.get(name, 0), resume, onward)
         else:
-            party = Party(_join, self.folder, name, self._certificates / name, self._port, resume)
+            nearest = self._servers[-1]
+            host = "localhost" if nearest == self.recipe.parties.server else nearest
+            address = f"{host}:{self._ports[nearest]}"
+            party = Party(_join, self.folder, name, self._certificates / name, address, resume)
         self._parties.append(party)
-        if server and not self._port:
-            self._port = party.port()
+        if name in self._servers and name not in self._ports:
+            self._ports[name] = party.port()
         return party
 
     def run(self) -> Ended:
@@ -165,7 +173,7 @@ class Network:
         for name in self.names:
             folder = self.folder / name
             summaries[name] = json.loads((folder / "summary.json").read_text())
-            if name == self.recipe.parties.server:
+            if name in self._servers:
                 weights[name] = load_file(folder / "top.safetensors")
                 continue
             head = load_file(folder / "head.safetensors") if (folder / "head.safetensors").exists() else {}
@@ -245,16 +253,20 @@ class Party:
 # In a party's process.
 
 
-def _serve(told: Connection, folder: Path, name: str, certificates: Path, port: int, resume: bool) -> None:
+def _serve(
+    told: Connection, folder: Path, name: str, certificates: Path, port: int, resume: bool, onward: int | None
+) -> None:
     recipe = load_recipe(folder / "recipe.toml")
+    credentials = load_credentials(certificates, "server")
     _watch_frames(folder / f"{name}.frames")
     _tell(
         told,
         lambda: serve(
             recipe,
-            f"localhost:{port}",
-            load_credentials(certificates, "server"),
+            f"{'localhost' if onward is None else name}:{port}",
+            credentials,
             folder / name,
+            onward=None if onward is None else Onward(name, f"localhost:{onward}", credentials),
             key=folder / f"{name}.key",
             resume=resume,
             log=_log(folder / f"{name}.log"),
@@ -263,7 +275,7 @@ def _serve(told: Connection, folder: Path, name: str, certificates: Path, port: 
     )
 
 
-def _join(told: Connection, folder: Path, name: str, certificates: Path, port: int, resume: bool) -> None:
+def _join(told: Connection, folder: Path, name: str, certificates: Path, address: str, resume: bool) -> None:
     recipe = load_recipe(folder / "recipe.toml")
     _watch_frames(folder / f"{name}.frames")
     _tell(
@@ -271,7 +283,7 @@ def _join(told: Connection, folder: Path, name: str, certificates: Path, port: i
         lambda: join(
             recipe,
             name,
-            f"localhost:{port}",
+            address,
             load_credentials(certificates, "client"),
             folder / name,
             key=folder / f"{name}.key",

@@ -129,7 +129,10 @@ class ServerThread:
         self.failure: BaseException | None = None
         self._credentials, self._folder, self._service = credentials, folder, service
         self._run, self._window, self._limits, self._clients = run, window, limits, clients
-        self._options = {"heartbeat_seconds": 10.0, "waits_for": getattr(service, "missing", list)} | options
+        self._options: dict[str, Any] = {
+            "heartbeat_seconds": 10.0,
+            "waits_for": getattr(service, "missing", list),
+        } | options
         self.port = port
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="server")

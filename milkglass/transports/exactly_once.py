@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, final
 
@@ -105,7 +105,7 @@ class Sender:
                     f"at {message.kind!r} of step {message.step}, message {number}: it is another run's"
                 )
         else:
-            frame = encode(replace(message, number=number), run)
+            frame = encode(_numbered(message, number), run)
             self._outbox.append(frame)
         self._next += 1
         if number in self._answered_before:
@@ -329,12 +329,17 @@ class Taker:
     def _answer(self, to: str, answer: Message) -> bytes:
         """The frame of an answer, which is to the oldest message of that client that has none."""
         line = self._lines[to]
-        frame = encode(replace(answer, number=line.answered), self._run)
+        frame = encode(_numbered(answer, line.answered), self._run)
         self._unanswered.pop((to, line.answered))
         line.answers[line.answered] = frame
         line.answers.pop(line.answered - self._window, None)
         line.answered += 1
         return frame
+
+
+def _numbered(message: Message, number: int) -> Message:
+    """As `dataclasses.replace` would make it, in less time."""
+    return Message(message.kind, message.party, message.step, message.tensors, message.piece, message.pieces, number)
 
 
 def _remove_others(folder: Path, number: int) -> None:

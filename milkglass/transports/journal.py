@@ -76,7 +76,9 @@ class Journal:
         self.path, self.size_bytes = path, 0
 
     def close(self) -> None:
-        """No more."""
+        """No more; the disk gets back what lies behind what it holds."""
+        if self._old_bytes:
+            self._cut(self.size_bytes)
         os.close(self._file)
 
     def remove(self) -> None:

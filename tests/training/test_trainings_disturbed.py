@@ -90,7 +90,8 @@ def test_a_bad_line_changes_no_bit(
 
 @pytest.mark.parametrize("who", ["server", "client"])
 @pytest.mark.parametrize(
-    ("what", "seconds", "most_bytes"), [("checkpoint", 0.0, 12_000), ("journal", 999.0, 40_000)], ids=["checkpoint", ""]
+    ("what", "seconds", "most_bytes"),
+    [("checkpoint", 0.0, 12_000), pytest.param("journal", 999.0, 40_000, marks=pytest.mark.slow)],
 )
 def test_a_full_disk_is_one_line_and_with_resume_it_goes_on(
     who: str, what: str, seconds: float, most_bytes: int, network: Network, undisturbed: Ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,19 @@ def alone(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone
     """A server as a process of its own."""
     with Alone(kit / "localhost", tmp_path_factory.mktemp("alone") / "server") as alone:
         yield alone
+
+
+@pytest.fixture
+def client(own: Callable[[str], Credentials], tmp_path: Path) -> Iterator[Callable[..., GrpcTransport]]:
+    """(port, options): hospital-a, to be closed at the end."""
+    opened: list[GrpcTransport] = []
+
+    def make(port: int, name: str = "hospital-a", **options: Any) -> GrpcTransport:
+        credentials = own(name)
+        options = {"heartbeat_seconds": 1.0} | options
+        opened.append(dial(port, credentials, tmp_path / f"{name}-{len(opened)}", **options))
+        return opened[-1]
+
+    yield make
+    for transport in opened:
+        transport.close()

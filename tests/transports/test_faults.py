@@ -17,8 +17,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from milkglass.certificates import Credentials
-from milkglass.errors import DataError, LinkError, RunError
-from milkglass.messages import Addressed, Message
+from milkglass.errors import LinkError, RunError
+from milkglass.messages import Message
 from milkglass.transports.grpc import GrpcTransport
 from milkglass.transports.grpc_server import _Connection
 from tests.wire_faults import FaultyNetwork
@@ -42,22 +42,6 @@ def network(theirs: Credentials, service: Doubling, tmp_path: Path) -> Iterator[
     ):
         yield network
         assert server.failure is None
-
-
-@pytest.fixture
-def client(own: Own, tmp_path: Path) -> Iterator[Dial]:
-    """(port, options): hospital-a, to be closed at the end."""
-    opened: list[GrpcTransport] = []
-
-    def make(port: int, name: str = "hospital-a", **options: Any) -> GrpcTransport:
-        credentials = own(name)
-        options = {"heartbeat_seconds": 1.0} | options
-        opened.append(dial(port, credentials, tmp_path / f"{name}-{len(opened)}", **options))
-        return opened[-1]
-
-    yield make
-    for transport in opened:
-        transport.close()
 
 
 def one_line(error: Exception, *words: str) -> None:
@@ -370,39 +354,3 @@ def test_a_full_disk_at_a_client_is_one_line_and_it_goes_on(
         asks(again, "hospital-a", range(6))
         again.close()
     assert service.steps == list(range(6))
-
-
-def test_what_cannot_go_on_is_told_to_every_client(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
-    class Unmatched:
-        def receive(self, message: Message) -> list[Addressed]:
-            if message.party == "hospital-b":
-                raise DataError("records do not match: 3 of hospital-a, 5 of hospital-b")
-            return []
-
-    with ServerThread(theirs, tmp_path / "server", Unmatched()) as server:
-        waiting, second = client(server.port), client(server.port, "hospital-b")
-        waiting.send(question("hospital-a", 0))
-        waits = threading.Thread(target=lambda: second.send(question("hospital-b", 0)))
-        waits.start()
-        waits.join()
-        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
-            second.receive()
-        began = time.monotonic()
-        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
-            waiting.receive()
-        assert time.monotonic() - began < 5
-    assert isinstance(server.failure, DataError)
-
-
-def test_an_error_of_the_servers_own_stops_it_too(theirs: Credentials, client: Dial, tmp_path: Path) -> None:
-    class Broken:
-        def receive(self, message: Message) -> list[Addressed]:
-            raise ZeroDivisionError("a secret: 0.123")
-
-    with ServerThread(theirs, tmp_path / "server", Broken()) as server:
-        transport = client(server.port, patience_seconds=1.0)
-        with pytest.raises(LinkError) as raised:
-            asks(transport, "hospital-a", [0])
-    assert isinstance(server.failure, ZeroDivisionError)
-    assert "secret" not in str(raised.value)
-    one_line(raised.value, "could not be reached")

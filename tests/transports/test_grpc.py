@@ -1,20 +1,24 @@
-"""The network's transport passes the suite that every transport passes."""
+"""The network's transport passes the suite that every transport passes; and how a server ends."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from milkglass.certificates import load_credentials, make_certificates
+from milkglass.certificates import Credentials, load_credentials, make_certificates
 from milkglass.codec import Allowed, Limits
+from milkglass.errors import DataError, LinkError
 from milkglass.messages import Addressed, Message, Responder
 from milkglass.transports.base import Transport
+from milkglass.transports.grpc import GrpcTransport
 from tests.suites.transport import TransportSuite
-from tests.wire_server import ServerThread, dial
+from tests.wire_server import ServerThread, asks, dial, question
 
 _ANY_ROWS = Allowed((None, 3), frozenset({torch.float32}))
 _TO_SERVER = Limits(4 << 20, {"activations": {"activations": _ANY_ROWS}}, 1000)
@@ -59,3 +63,43 @@ class TestGrpc(TransportSuite):
         )
         self._open.callback(transport.close)
         return transport
+
+
+def test_what_cannot_go_on_is_told_to_every_client(
+    theirs: Credentials, client: Callable[..., GrpcTransport], tmp_path: Path
+) -> None:
+    class Unmatched:
+        def receive(self, message: Message) -> list[Addressed]:
+            if message.party == "hospital-b":
+                raise DataError("records do not match: 3 of hospital-a, 5 of hospital-b")
+            return []
+
+    with ServerThread(theirs, tmp_path / "server", Unmatched()) as server:
+        waiting, second = client(server.port), client(server.port, "hospital-b")
+        waiting.send(question("hospital-a", 0))
+        waits = threading.Thread(target=lambda: second.send(question("hospital-b", 0)))
+        waits.start()
+        waits.join()
+        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
+            second.receive()
+        began = time.monotonic()
+        with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
+            waiting.receive()
+        assert time.monotonic() - began < 5
+    assert isinstance(server.failure, DataError)
+
+
+def test_an_error_of_the_servers_own_stops_it_too(
+    theirs: Credentials, client: Callable[..., GrpcTransport], tmp_path: Path
+) -> None:
+    class Broken:
+        def receive(self, message: Message) -> list[Addressed]:
+            raise ZeroDivisionError("a secret: 0.123")
+
+    with ServerThread(theirs, tmp_path / "server", Broken()) as server:
+        transport = client(server.port, patience_seconds=1.0)
+        with pytest.raises(LinkError) as raised:
+            asks(transport, "hospital-a", [0])
+    assert isinstance(server.failure, ZeroDivisionError)
+    assert "secret" not in str(raised.value)
+    assert "could not be reached" in str(raised.value)
