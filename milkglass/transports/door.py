@@ -6,20 +6,25 @@ the server's certificate, so what began can be counted; a connection on which no
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import resource
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
 from milkglass.certificates import Credentials
-from milkglass.errors import LinkError
+from milkglass.errors import LinkError, MilkglassError, RunError
 
 IDLE_SECONDS: Final = 60.0
 """A connection without a stream is closed after so long."""
+WORDS: Final = 1000
+"""So long may a reason be: it travels in a header."""
 _MOST_CONNECTIONS: Final = 12_288  # a handshake that hangs takes 45 KB
 _OWN_FILES: Final = 256  # for checkpoints and journals: strangers must not take the last file descriptor
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
@@ -128,3 +133,41 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Every change of it."""
         self._door.speaks(context.peer())
         await self._inner.Watch(request, context)
+
+
+@final
+@dataclass(eq=False)
+class Connection:
+    """One client's open stream."""
+
+    party: str
+    context: Any
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def push(self, frame: bytes) -> None:
+        """Write a frame to the client, after those before it: who does not read its answers must wait with more."""
+        with contextlib.suppress(Exception):  # it hung up meanwhile: it asks again when it comes back
+            async with self.writing:
+                await self.context.write(frame)
+
+
+@final
+class StoppedError(Exception):
+    """The server takes nothing more; cause: why."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        super().__init__("the server has stopped")
+        self.cause = cause
+
+
+async def give_up(context: Any, error: BaseException | None) -> None:
+    """Tell a client that the server stops: for good, or until somebody has seen to its machine."""
+    with contextlib.suppress(Exception):
+        if for_good(error):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:WORDS])
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has stopped, and says why; it can be resumed")
+
+
+def for_good(error: BaseException | None) -> bool:
+    """Whether going on is no use: it is not this machine alone that somebody must see to."""
+    return isinstance(error, MilkglassError) and not isinstance(error, RunError)

@@ -166,8 +166,7 @@ class GrpcTransport(Transport):
         while True:
             await self._connected()
             try:
-                if len(self._outgoing) > 1:
-                    self._let_go_on()
+                self._let_go_on()
                 while (found := self.sender.answer()) is None:
                     await self._read_one()
                 return found
@@ -182,8 +181,6 @@ class GrpcTransport(Transport):
         """Take in the next frame, whatever it is."""
         try:
             async with asyncio.timeout(self._answer_seconds):
-                if self._outgoing and not self._is_writing:  # one alone needs no task of its own
-                    await self._write_all(self._call, self._outgoing)
                 frame = await self._call.read()
         except TimeoutError:
             awaited = self._what_is_awaited()
@@ -298,12 +295,8 @@ class GrpcTransport(Transport):
 
     def _let_go_on(self) -> None:
         """See that frames that wait are being written."""
-        if self._outgoing and not self._is_writing:
+        if self._outgoing and (self._writer is None or self._writer.done()):
             self._writer = self._loop.create_task(self._write_all(self._call, self._outgoing))
-
-    @property
-    def _is_writing(self) -> bool:
-        return self._writer is not None and not self._writer.done()
 
     async def _write_all(self, call: Any, outgoing: deque[bytes]) -> None:
         try:

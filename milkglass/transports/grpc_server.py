@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import grpc
@@ -25,33 +24,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from milkglass.certificates import Credentials
 from milkglass.codec import decode, encode
-from milkglass.errors import LinkError, MessageError, MilkglassError, RunError
+from milkglass.errors import LinkError, MessageError, MilkglassError
 from milkglass.messages import Message
+from milkglass.transports import door
 from milkglass.transports.agreement import GREETINGS, Agreement, read_greeting
-from milkglass.transports.door import IDLE_SECONDS, Door, Health, Unwatched, Watch, check_plain, most_connections
+from milkglass.transports.door import Connection, Door, Health, StoppedError, Unwatched, Watch
 from milkglass.transports.exactly_once import Frames, Taking
 from milkglass.transports.grpc import METHOD, Log, channel_options, silent
 
 _LONG_SECONDS: Final = 0.005
 _END_SECONDS: Final = 0.05
+_LAST_WORDS_SECONDS: Final = 2.0
 _STREAMS: Final = 8
-_WORDS: Final = 1000
-"""So long may a reason be: it travels in a header."""
-
-
-@dataclass(eq=False)
-class _Connection:
-    """One client's open stream."""
-
-    party: str
-    context: Any
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def push(self, frame: bytes) -> None:
-        """Write a frame to the client, after those before it: who does not read its answers must wait with more."""
-        with contextlib.suppress(Exception):  # it hung up meanwhile: it asks again when it comes back
-            async with self.writing:
-                await self.context.write(frame)
 
 
 @final
@@ -91,7 +75,7 @@ class GrpcServer:
         self._door = Door(1.5 * handshake_seconds)
         self._watch: Watch = watch or Unwatched()
         self._log = log
-        self._connections: dict[str, _Connection] = {}
+        self._connections: dict[str, Connection] = {}
         self._changed = asyncio.Event()  # set, and replaced, after each message that was taken
         self._turn = asyncio.Lock()
         self._seconds: dict[str, float] = {}  # how long the last message of a kind took
@@ -110,9 +94,9 @@ class GrpcServer:
         options = [
             *channel_options(self._frame_bytes, self._heartbeat),
             ("grpc.max_concurrent_streams", _STREAMS),
-            ("grpc.max_allowed_incoming_connections", most_connections()),
+            ("grpc.max_allowed_incoming_connections", door.most_connections()),
             ("grpc.server_handshake_timeout_ms", int(self._handshake_seconds * 1000)),
-            ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
+            ("grpc.max_connection_idle_ms", int(door.IDLE_SECONDS * 1000)),
             ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.so_reuseport", 0),
@@ -124,7 +108,7 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             if credentials is None:
-                check_plain(address)
+                door.check_plain(address)
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._door.credentials(credentials))
@@ -146,6 +130,8 @@ class GrpcServer:
         await asyncio.wait([waiting, self._failed], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if self._failed.done():
+            if door.for_good(self._failed.exception()):
+                await asyncio.sleep(_LAST_WORDS_SECONDS)  # whoever was away, or writing, comes back and hears why
             self._failed.result()
 
     async def stop(self, grace_seconds: float) -> None:
@@ -173,8 +159,10 @@ class GrpcServer:
             self._leave(connection, peer)
         except MessageError as error:
             await self._turn_away(context, grpc.StatusCode.INVALID_ARGUMENT, "message", str(error), connection)
+        except StoppedError as stopped:
+            await door.give_up(context, stopped.cause)
         except MilkglassError as error:
-            await _give_up(context, error)
+            await door.give_up(context, error)
         except asyncio.CancelledError:
             if connection is not None:
                 words = f"it hung up, the connection broke, or a frame longer than {self._frame_bytes} bytes came"
@@ -184,13 +172,13 @@ class GrpcServer:
             if connection is not None:
                 self._leave(connection, peer, reason="refused")
 
-    def _leave(self, connection: _Connection, peer: str, **reason: str) -> None:
+    def _leave(self, connection: Connection, peer: str, **reason: str) -> None:
         if self._connections.get(connection.party) is connection:
             del self._connections[connection.party]
             self._watch.connected(len(self._connections))
             self._log("disconnected", party=connection.party, peer=peer, **reason)
 
-    async def _let_in(self, context: Any) -> _Connection:
+    async def _let_in(self, context: Any) -> Connection:
         """Who it is, and whether both hold the same recipe. Aborts the stream where it may not come in."""
         codes = grpc.StatusCode
         names = context.auth_context().get("x509_common_name", [])
@@ -219,7 +207,8 @@ class GrpcServer:
         if party in self._connections:
             words = f"{party} is connected already; the name is free once that connection misses its heartbeats"
             await self._turn_away(context, codes.ALREADY_EXISTS, "there already", words)
-        connection = self._connections[party] = _Connection(party, context)
+        self._check_running()
+        connection = self._connections[party] = Connection(party, context)
         self._watch.connected(len(self._connections))
         self._log("connected", party=party, peer=context.peer())
         return connection
@@ -247,18 +236,18 @@ class GrpcServer:
         return Message("welcome", self._name, 0, {"told": self._agreements[party].told(run=self._run)})
 
     async def _turn_away(
-        self, context: Any, code: grpc.StatusCode, why: str, words: str, connection: _Connection | None = None
+        self, context: Any, code: grpc.StatusCode, why: str, words: str, connection: Connection | None = None
     ) -> None:
         """Tell, log and count a refusal, and end the stream (this raises)."""
         self._watch.refused(why)
         party = {} if connection is None else {"party": connection.party}
-        self._log("refused", why=why, reason=words[:_WORDS], peer=context.peer(), **party)
-        await context.abort(code, words[:_WORDS])
+        self._log("refused", why=why, reason=words[: door.WORDS], peer=context.peer(), **party)
+        await context.abort(code, words[: door.WORDS])
         raise AssertionError("abort raises")
 
     # One message.
 
-    async def _handle(self, connection: _Connection, frame: bytes) -> None:
+    async def _handle(self, connection: Connection, frame: bytes) -> None:
         message = self._taker.check(connection.party, frame)
         answer = self._taker.again(connection.party, message, frame)
         if answer is not None:
@@ -313,21 +302,25 @@ class GrpcServer:
         self._was_taken()
         return frames
 
+    def _check_running(self) -> None:
+        assert self._failed is not None
+        if self._failed.done():
+            raise StoppedError(self._failed.exception())
+
     @contextlib.contextmanager
     def _or_stop(self) -> Iterator[None]:
         """What the service, or the disk, cannot go on after stops the server: memory may be ahead of what was kept."""
-        assert self._failed is not None
-        if self._failed.done():
-            raise RunError("the server has stopped")
+        self._check_running()
         try:
             yield
         except MessageError:
             raise
         except Exception as error:
+            assert self._failed is not None
             self._failed.set_exception(error)
             for connection in self._connections.values():
-                self._spawn(_give_up(connection.context, error))
-            raise RunError("the server has stopped") from error
+                self._spawn(door.give_up(connection.context, error))
+            raise StoppedError(error) from error
 
     def _was_taken(self) -> None:
         self._taken()
@@ -378,14 +371,6 @@ class GrpcServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def _give_up(context: Any, error: Exception) -> None:
-    """Tell a client that the server stops: for good, or until somebody has seen to its machine."""
-    with contextlib.suppress(Exception):
-        if isinstance(error, MilkglassError) and not isinstance(error, RunError):
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:_WORDS])
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has stopped, and says why; it can be resumed")
 
 
 @final

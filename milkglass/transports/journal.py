@@ -72,7 +72,7 @@ class Journal:
             os.rename(self.path, path)  # noqa: PTH104 - by `os`, as all that is done to the file
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from None
-        self._old_bytes = max(self._old_bytes, self.size_bytes)
+        self._old_bytes = max(self._old_bytes, self.size_bytes, len(_END))
         self.path, self.size_bytes = path, 0
 
     def close(self) -> None:

@@ -75,8 +75,8 @@ def test_a_bad_line_changes_no_bit(
     disturb: Callable[[FaultyNetwork], None], times: int, network: Network, undisturbed: Ended
 ) -> None:
     server = network.start("server")
-    with FaultyNetwork(network._port, delay_seconds=0.002) as line:
-        network._port = line.port
+    with FaultyNetwork(network._ports["server"], delay_seconds=0.002) as line:
+        network._ports["server"] = line.port
         client = network.start("client")
         for count in range(1, times + 1):
             until(lambda count=count: line.bytes_to_server > count * 25_000)  # type: ignore[misc]

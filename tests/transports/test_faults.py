@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from milkglass.certificates import Credentials
 from milkglass.errors import LinkError, RunError
 from milkglass.messages import Message
+from milkglass.transports.door import Connection
 from milkglass.transports.grpc import GrpcTransport
-from milkglass.transports.grpc_server import _Connection
 from tests.wire_faults import FaultyNetwork
 from tests.wire_server import Doubling, Holding, ServerThread, asks, bare_channel, dial, doubled, question, until
 
@@ -119,9 +119,9 @@ def test_doubled_and_reordered_answers_are_put_in_order(
     order: list[int], theirs: Credentials, client: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, held = Doubling(), list[bytes]()
-    push = _Connection.push
+    push = Connection.push
 
-    async def shuffled(connection: _Connection, frame: bytes) -> None:
+    async def shuffled(connection: Connection, frame: bytes) -> None:
         if len(frame) > 1000:  # no greeting
             held.append(frame)
             if len(held) < 4:
@@ -133,7 +133,7 @@ def test_doubled_and_reordered_answers_are_put_in_order(
         else:
             await push(connection, frame)
 
-    monkeypatch.setattr(_Connection, "push", shuffled)
+    monkeypatch.setattr(Connection, "push", shuffled)
     with ServerThread(theirs, tmp_path / "server", service, window=5) as server:
         transport = client(server.port)
         for step in range(6):
@@ -194,13 +194,13 @@ def test_a_server_that_lets_in_and_hangs_up_is_given_up_as_well(
 def test_a_server_that_never_answers_is_named_with_what_was_awaited(
     theirs: Credentials, client: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silent, push = threading.Event(), _Connection.push
+    silent, push = threading.Event(), Connection.push
 
-    async def unless_silent(connection: _Connection, frame: bytes) -> None:
+    async def unless_silent(connection: Connection, frame: bytes) -> None:
         if not silent.is_set():
             await push(connection, frame)
 
-    monkeypatch.setattr(_Connection, "push", unless_silent)
+    monkeypatch.setattr(Connection, "push", unless_silent)
     with ServerThread(theirs, tmp_path / "server", Holding(), heartbeat_seconds=0.3) as server:
         transport = client(server.port, answer_seconds=1.0)
         transport.send(question("hospital-a", 7))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from milkglass.transports.grpc import GrpcTransport
 from tests.suites.transport import TransportSuite
 from tests.wire_server import ServerThread, asks, dial, question
 
+Dial = Callable[..., GrpcTransport]
 _ANY_ROWS = Allowed((None, 3), frozenset({torch.float32}))
 _TO_SERVER = Limits(4 << 20, {"activations": {"activations": _ANY_ROWS}}, 1000)
 
@@ -77,9 +77,7 @@ def test_what_cannot_go_on_is_told_to_every_client(
     with ServerThread(theirs, tmp_path / "server", Unmatched()) as server:
         waiting, second = client(server.port), client(server.port, "hospital-b")
         waiting.send(question("hospital-a", 0))
-        waits = threading.Thread(target=lambda: second.send(question("hospital-b", 0)))
-        waits.start()
-        waits.join()
+        second.send(question("hospital-b", 0))
         with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
             second.receive()
         began = time.monotonic()
