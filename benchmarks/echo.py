@@ -35,7 +35,7 @@ from milkglass.transports.grpc_server import GrpcServer
 
 ROWS: Final = 64
 WARM_UP: Final = 50
-JOURNAL_BYTES: Final = 256 << 20  # as in training: then there is a checkpoint, and the journal begins anew
+JOURNAL_BYTES: Final = 32 << 20  # then there is a checkpoint, and the journal begins anew
 _HEARTBEAT_SECONDS: Final = 10.0
 _METHOD: Final = "/bare/Talk"
 _TCP_BYTES: Final = struct.Struct("120x2Q")  # of struct tcp_info: bytes acknowledged, bytes received
@@ -81,7 +81,7 @@ async def _serve_ours(pipe: Connection, address: str, credentials: Credentials, 
         await server.run_until(asyncio.Event())
 
 
-def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int, warm_up: int = WARM_UP) -> None:
+def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int, warm_up: int | None = None) -> None:
     """In a worker: our client. It reports what it has sent and received, in frames and over TCP: bytes."""
     address, credentials = _at_client(where, port)
     told = message(size_kib)
@@ -103,7 +103,8 @@ def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int, warm_up: 
             if transport.sender.size_bytes >= JOURNAL_BYTES:
                 transport.sender.rotate()
 
-        _work(Turn(pipe, warm_up, report), ask)
+        once_round = -(-2 * JOURNAL_BYTES // (size_kib << 10))
+        _work(Turn(pipe, once_round if warm_up is None else warm_up, report), ask)
         transport.close()
 
 

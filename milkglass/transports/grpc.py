@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, final
 
 import grpc
@@ -112,6 +112,9 @@ class GrpcTransport(Transport):
         self._answer_seconds, self._heartbeat = answer_seconds, heartbeat_seconds
         self._log = log
         self._loop = asyncio.new_event_loop()
+        self._reader: asyncio.Task[Any] | None = None
+        self._reading_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._channel: grpc.aio.Channel | None = None
         self._call: Any = None
         self._outgoing: deque[bytes] = deque()
@@ -180,7 +183,7 @@ class GrpcTransport(Transport):
     async def _read_one(self) -> None:
         """Take in the next frame, whatever it is."""
         try:
-            async with asyncio.timeout(self._answer_seconds):
+            with self._patience_to_read():
                 frame = await self._call.read()
         except TimeoutError:
             awaited = self._what_is_awaited()
@@ -200,6 +203,36 @@ class GrpcTransport(Transport):
             return
         self._waits_for = ""
         self.sender.received(frame, self._limits, self._run)
+
+    @contextlib.contextmanager
+    def _patience_to_read(self) -> Iterator[None]:
+        """Inside, for `answer_seconds`; then TimeoutError. One timer serves many reads: a new one for each costs more
+        than all else that a short message needs here.
+        """
+        self._reader, self._reading_since = asyncio.current_task(), self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._answer_seconds, self._look_at_reader)
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._reader is not None or task is None:
+                raise
+            task.uncancel()  # it is told by TimeoutError, and goes on
+            raise TimeoutError from None
+        finally:
+            self._reader = None
+
+    def _look_at_reader(self) -> None:
+        self._timer = None
+        if self._reader is None:
+            return
+        left = self._reading_since + self._answer_seconds - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look_at_reader)
+            return
+        reader, self._reader = self._reader, None
+        reader.cancel()
 
     def _heartbeat_came(self, frame: bytes) -> None:
         waits_for = bytes(decode(frame, HEARTBEATS).tensors["for"].numpy()).decode(errors="replace")
