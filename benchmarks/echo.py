@@ -27,6 +27,7 @@ from benchmarks.slow_link import enter
 from benchmarks.turns import OverError, Turn
 from benchmarks.two_parties import CLIENT, Place
 from milkglass.certificates import Credentials, load_credentials
+from milkglass.memory import keep_freed_memory
 from milkglass.messages import Addressed, Message
 from milkglass.transports.agreement import Agreement, Crossing
 from milkglass.transports.exactly_once import Sender, Taker
@@ -63,6 +64,7 @@ class Echo:
 
 def serve_ours(pipe: Connection, where: Place, size_kib: int) -> None:
     """In a worker: our server. It says on which port it listens."""
+    keep_freed_memory()  # as `serve` and `join` do
     asyncio.run(_serve_ours(pipe, *_at_server(where), size_kib))
 
 
@@ -83,6 +85,7 @@ async def _serve_ours(pipe: Connection, address: str, credentials: Credentials, 
 
 def ask_ours(pipe: Connection, where: Place, size_kib: int, port: int, warm_up: int | None = None) -> None:
     """In a worker: our client. It reports what it has sent and received, in frames and over TCP: bytes."""
+    keep_freed_memory()
     address, credentials = _at_client(where, port)
     told = message(size_kib)
     with tempfile.TemporaryDirectory() as folder:

@@ -41,23 +41,6 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
 
 
-def why_not() -> str | None:
-    """Why this machine cannot do it; None where it can."""
-    if not sys.platform.startswith("linux"):
-        return "network namespaces are Linux's"
-    if os.geteuid():
-        return "network namespaces need root"
-    if not Path("/dev/net/tun").exists():
-        return "there is no /dev/net/tun"
-    probe = f"mg-probe-{os.getpid()}"
-    try:
-        made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "there is no `ip` (iproute2)"
-    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
-    return f"no network namespace can be made: {made.stderr.strip()}" if made.returncode else None
-
-
 @contextlib.contextmanager
 def slow_link(
     rate: float, delay_seconds: float, congestion: str = "cubic"

@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import Any, Final
 
 from benchmarks import echo
 from benchmarks.setting import command_line, machine_line, write_result
-from benchmarks.slow_link import slow_link, why_not
+from benchmarks.slow_link import slow_link
 from benchmarks.turns import Worker, alternate, ratio
 from benchmarks.two_parties import CASES, Case, Place, place, recipe_of, records_file, two_parties
 
@@ -46,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     records = "data sets" if arguments.data else "random records"
     print(f"{command_line()}\n{machine_line()}; {records}, {arguments.congestion}\n")
-    reason = why_not()
+    reason = _why_not()
     if reason is not None:
         print(f"skipped: {reason}")
         return
@@ -68,6 +71,23 @@ def main() -> None:
             print(f"| {case.name} | {case.at} | {told['plain_milliseconds']:.0f} | {' | '.join(cells)} |", flush=True)
     if arguments.out:
         write_result(arguments.out, rows)
+
+
+def _why_not() -> str | None:
+    """Why this machine cannot do it; None where it can."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces are Linux's"
+    if os.geteuid():
+        return "network namespaces need root"
+    if not Path("/dev/net/tun").exists():
+        return "there is no /dev/net/tun"
+    probe = f"mg-probe-{os.getpid()}"
+    try:
+        made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "there is no `ip` (iproute2)"
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
+    return f"no network namespace can be made: {made.stderr.strip()}" if made.returncode else None
 
 
 def message_time(where: Place, size_kib: int, rate: float, delay_seconds: float) -> dict[str, Any]:

@@ -280,13 +280,13 @@ def _write_new(path: Path, content: bytes, mode: int = 0o644) -> Path:
         for folder in (path.parent.parent, path.parent):  # with `parents`, only the last one would be closed to others
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot make the folder {path.parent}: {error.strerror or error}") from None
+        whys = [f"{above} is a file; expected a folder" for above in path.parents if above.is_file()]
+        raise RunError(f"cannot make the folder {path.parent}: {[*whys, error.strerror][0]}") from None
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
-        raise RunError(
-            f"{path}: is there already, and no file is replaced; remove it, or name another folder"
-        ) from None
+        words = "is there already, and no file is replaced; remove it, or name another folder"
+        raise RunError(f"{path}: {words}") from None
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     try:

@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, final
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show
+from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
 from milkglass.errors import MilkglassError
 
 EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 EXIT_BY_VERDICT: Final = {"within budget": 0, "no budget set": 0, "over budget": 3, "inconclusive": 4}
 
+
+@final
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: it ends a command in the same way as Ctrl-C."""
+
+
+@final
+class _StoppedError(Exception):
+    """A command was stopped from outside. code: what the process exits with."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("stopped")
+        self.code = code
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises, so that the command hangs up and leaves its folder in order."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread handle signals
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@final
+class _Commands(TyperGroup):
+    """All commands. One that is stopped says so in `main`: Typer by itself would end the process without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            with _ending_at_sigterm():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _StoppedError(EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train and serve deep networks across organizations without showing the data, and measure what is shown.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,8 +107,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     source = read_key(key) if key is not None else None
-    if key is not None and key.stat().st_mode & 0o077:
-        say(f"milkglass: warning: key {key} can be read by others; chmod 600 {key}")
+    warn_of_key(key)
     out = out or Path("runs") / recipe.stem
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
@@ -223,13 +273,19 @@ for command in (certs, serve, join, predict):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on the error stream and exit code 2."""
+    """Run a command; bad input ends in one line on the error stream and exit code 2.
+
+    Ctrl-C ends in one line as well, and exit code 130; SIGTERM in the same line, and 143.
+    """
     sys.path.append(str(Path.cwd()))  # a recipe may name a network of the user's own, `package.module:function`
     try:
         app(arguments)
     except MilkglassError as error:
         say(f"milkglass: {error}")
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        say("milkglass: stopped; nothing finished is lost: run it again (train: with --resume), and it goes on")
-        sys.exit(130)
+    except _StoppedError as stop:
+        say(
+            "milkglass: stopped; nothing finished is lost: run it again (train, serve, join: with --resume), "
+            "and it goes on"
+        )
+        sys.exit(stop.code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,6 @@ import typer
 from rich.console import Console
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in TOML.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
 ]
@@ -62,7 +62,11 @@ def serve(
     """
     from milkglass.errors import RecipeError
     from milkglass.logs import party_log, quiet_grpc
+    from milkglass.transports.address import checked_address
 
+    checked_address(listen, "--listen", free_port=True)
+    if onward is not None:
+        checked_address(onward, "--onward")
     quiet_grpc()
     from milkglass.recipe import load_recipe
     from milkglass.training.serve import Onward, follow
@@ -70,6 +74,8 @@ def serve(
     from milkglass.training.sharded import following, shared_out
 
     loaded = load_recipe(recipe, overrides or ())
+    if onward is not None and not loaded.parties.hops:
+        raise RecipeError("--onward: the recipe has no hops; expected parties.hops, and this party's name in it")
     if answers and shared_out():
         raise RecipeError("--predict: one process answers; start it without torchrun")
     if following():
@@ -88,6 +94,7 @@ def serve(
             raise RecipeError("--predict: goes without --key, --resume and --onward; nothing is trained")
         _answer(loaded, listen, credentials, out, log, _watch(metrics, log))
         return
+    warn_of_key(key)
     summary = serve_recipe(
         loaded,
         listen,
@@ -122,7 +129,9 @@ def join(
     """Be a client of a training between machines: dial out to the server, and train with one's own records."""
     from milkglass.errors import RecipeError
     from milkglass.logs import party_log, quiet_grpc
+    from milkglass.transports.address import checked_address
 
+    checked_address(server, "--server")
     quiet_grpc()
     from milkglass.progress import TrainingProgress
     from milkglass.recipe import load_recipe
@@ -136,6 +145,8 @@ def join(
     if credentials is not None and credentials.name != name:
         raise RecipeError(f"--name {name}: the certificate is {credentials.name}'s; a party has its certificate's name")
     out = out or Path("runs") / f"{recipe.stem}-{name}"
+    for file in (key, shared_key):
+        warn_of_key(file)
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = join_recipe(
             loaded,
@@ -179,7 +190,10 @@ def predict(
 
     from milkglass.errors import LinkError
     from milkglass.logs import party_log, quiet_grpc
+    from milkglass.transports.address import checked_address
 
+    if server is not None:
+        checked_address(server, "--server")
     quiet_grpc()
     from milkglass.progress import PredictionProgress
     from milkglass.training.predict import predict as predict_records
@@ -251,6 +265,13 @@ def _credentials(role: Any, tls: Path | None, plaintext: bool, address: str) -> 
     for caution in credentials.cautions:
         say(f"milkglass: warning: {caution}")
     return credentials
+
+
+def warn_of_key(key: Path | None) -> None:
+    """Say so where a key file can be read by others; one that is not there is told by whoever reads it."""
+    with suppress(OSError):
+        if key is not None and key.stat().st_mode & 0o077:
+            say(f"milkglass: warning: key {key} can be read by others; chmod 600 {key}")
 
 
 def say(line: str) -> None:

@@ -226,6 +226,12 @@ def peek_header(frame: Frame) -> Header:
     return Header(_kind(kind), party, step, piece, pieces, number, run, total)
 
 
+def glance(frame: Frame) -> tuple[Kind, int, int]:
+    """Kind, number and checksum that a frame claims: a part of `peek_header` in a tenth of its time."""
+    fields = _fixed(memoryview(frame))
+    return _kind(fields[2]), fields[9], fields[11]
+
+
 def shapes(tensors: Mapping[str, Tensor]) -> str:
     """The tensors of a message in words, for error lines: `z float32 64x16x4x4, labels int64 64`."""
     return ", ".join(

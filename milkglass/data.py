@@ -18,7 +18,7 @@ from torch import Tensor
 from milkglass.errors import DataError, nearest
 from milkglass.formats import load
 from milkglass.randomness import Source
-from milkglass.records import Columns, RawRecords, RawTable, Records
+from milkglass.records import UNLABELED, Columns, RawRecords, RawTable, Records
 
 __all__ = ["MINIMUM_PART", "Columns", "Deal", "RawRecords", "Records", "deal", "load", "owners_part", "with_labels_of"]
 
@@ -61,6 +61,7 @@ def deal(
     test_share: float,
     test_records: int | None,
     source: Source,
+    classes: int | None = None,
 ) -> Deal:
     """Deal the pool out: one public permutation, cut into consecutive slices.
 
@@ -69,10 +70,13 @@ def deal(
     lie in the order test, validation, auxiliary, training, so none of the first three moves with the training set's
     size or the number of clients. Tables are standardized with the training part's mean and standard deviation.
 
+    classes: how many there are, where the pool need not show it: it may lack some of them, or all labels. An auxiliary
+    or validation share of 0 leaves that part empty.
+
     Disjoint means record numbers: whether a file holds one record twice is a separate question, not asked here.
     Raises DataError for too few records, fewer than two classes, labels out of range, files that do not match.
     """
-    classes = _classes(pool)
+    classes = _classes(pool, classes)
     names = list(clients)
     if not names or len(set(names)) != len(names):
         raise DataError(f"clients {names}: expected at least one name, and no name twice")
@@ -85,7 +89,9 @@ def deal(
     kept = left if train_records is None else min(left, train_records)
     set_aside = sizes[0] if test_file is None else len(test_file)
     kept_test = set_aside if test_records is None else min(set_aside, test_records)
-    parts = {"test": kept_test, "validation": sizes[1], "auxiliary": sizes[2]}
+    parts = {"test": kept_test}
+    parts |= {"validation": sizes[1]} if validation_share else {}
+    parts |= {"auxiliary": sizes[2]} if auxiliary_share else {}
     parts["training" if len(names) == 1 else f"training (each of {len(names)} clients)"] = kept // len(names)
     _check_enough(pool, parts)
 
@@ -161,9 +167,19 @@ def _check_enough(pool: RawRecords, parts: Mapping[str, int]) -> None:
         )
 
 
-def _classes(pool: RawRecords) -> int:
-    seen = np.unique(pool.labels)
-    classes = len(pool.class_names) if pool.class_names is not None else len(seen)
+def _classes(pool: RawRecords, known: int | None) -> int:
+    seen, names = np.unique(pool.labels), pool.class_names
+    if known is not None:
+        if names is not None and len(names) != known:
+            raise DataError(
+                f"{pool.where}: it names {len(names)} classes; expected all {known}, also those without a record: "
+                "a class has the number of its place among them"
+            )
+        _check_range(pool, known)
+        return known
+    if seen[0] == UNLABELED:
+        raise DataError(f"{pool.where}: no labels; expected some, or to be told how many classes there are")
+    classes = len(seen) if names is None else len(names)
     if classes < 2 or len(seen) < 2:
         raise DataError(f"{pool.where}: all labels are {seen[0]}; expected at least two classes")
     _check_range(pool, classes)

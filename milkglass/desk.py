@@ -91,6 +91,8 @@ class Desk:
         """Those for whom an answer that is due to another client waits."""
         if self._collecting:
             return [client for client in self.clients if (self._round, client) not in self._left][:1]
+        if self._matching:
+            return [client for client in self.clients if client not in self._matching]
         if self.mode == "vertical":
             return [client for client in self.clients if not self._waiting[client]]
         if len(self._batches) < len(self.clients):

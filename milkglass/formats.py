@@ -341,6 +341,8 @@ def _encoded(
     shape = _decode(picture, called, None).shape
 
     def read(indices: Array) -> Array:
+        if not len(indices):
+            return np.zeros((0, *shape), np.uint8)
         return np.stack([_decode(picture, called, shape) for called, picture in fetch(indices.tolist())])
 
     return RawPictures(where, labels, classes, read, shape)

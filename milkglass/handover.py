@@ -22,8 +22,6 @@ from milkglass.randomness import Source
 
 Weights = Mapping[str, Tensor]
 _KEY_BYTES: Final = 64
-SEAL_BYTES: Final = 16
-"""So much longer than the weights as a safetensors file is what is sent."""
 
 
 def seal(weights: Weights, shared: Source, party: str, round_: int) -> Tensor:

@@ -209,6 +209,7 @@ def _kind(annotation: Any) -> str:
     for needle, words in (
         ("Literal", ""),
         ("tuple[int", "list of whole numbers"),
+        ("tuple[typing.Annotated[int", "list of whole numbers"),
         ("tuple", "list of names"),
         ("dict", "table"),
         ("bool", "true or false"),

@@ -356,6 +356,11 @@ def _check_replayable(recipe: Recipe) -> None:
             f"a {way} run is not replayed yet; record what one party received and audit that: milkglass audit "
             "--activations A.npy --records X.npy"
         )
+    if not (recipe.attacker.auxiliary_share and recipe.attacker.validation_share):
+        raise AuditError(
+            "the run set no pairs aside for an attacker; expected attacker.auxiliary_share and "
+            "attacker.validation_share above 0, and a training with them"
+        )
 
 
 def _is_u_shaped(recipe: Recipe) -> bool:

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 @final
 class Data(Section):
-    """Which records, and how many. Exactly one of `name`, `path` and `hub`."""
+    """Which records, and how many. Exactly one of `name`, `path` and `hub`; none at a server that holds no records."""
 
     name: str | None = Field(None, description="An embedded data set: `digits` (1,797 grey 8x8 pictures).")
     path: str | None = Field(
@@ -60,13 +60,19 @@ class Data(Section):
         "`milkglass cuts` prints it.",
         strict=False,
     )
-    classes: int | None = Field(None, ge=2, description="For a server that holds no records: how many classes.")
+    classes: int | None = Field(
+        None,
+        ge=2,
+        description="How many classes: for a server that holds no records, and for a client whose own file may lack "
+        "some of them, or the labels (`vertical`).",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [key for key in ("name", "path", "hub") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none of them"
+        told = self.record_shape is not None and self.classes is not None
+        if len(given) > 1 or not (given or told):
+            found = " and ".join(given) if given else "none of them, nor both record_shape and classes"
             raise ValueError(f"exactly one of name, path and hub says where the records are; found {found}")
         if self.test_split is not None and (self.hub is None or self.test_path is not None):
             raise ValueError("test_split goes with hub, and without test_path")
@@ -273,7 +279,8 @@ class ClientSection(Section):
 
     own_records: bool = Field(
         False,
-        description="True: the file holds this client's records alone. False: the seed deals one file out to all.",
+        description="True: the file holds this client's records alone, unparted between clients. False: the seed deals "
+        "one file out to all.",
     )
     most_releases: int | None = Field(
         None, ge=1, description="Stop before a record is sent more often than this in training; default: no limit."
@@ -298,5 +305,13 @@ class ServerSection(Section):
 class Attacker(Section):
     """What the audit's attacker owns: records like the private ones, with what the client would send for them."""
 
-    auxiliary_share: Share = Field(0.2, description="The share of the data that the attacker knows pairs of.")
-    validation_share: Share = Field(0.1, description="The share on which attacks are chosen and weighted.")
+    auxiliary_share: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="The share of the data that the attacker knows pairs of. It is set aside of a client's own file as "
+        "well; 0 where there are only such (`client.own_records`) and no audit is to come.",
+    )
+    validation_share: float = Field(
+        0.1, ge=0, lt=1, description="The share on which attacks are chosen and weighted; 0 like `auxiliary_share`."
+    )

@@ -29,7 +29,7 @@ from milkglass.messages import Message
 from milkglass.recipe import Recipe, load_recipe
 from milkglass.training.join import join
 from milkglass.training.serve import Onward, serve
-from milkglass.training.split import computing_with, play_epoch, set_up
+from milkglass.training.split import Setup, computing_with, play_epoch, set_up
 from milkglass.training.summary import metrics_line
 from milkglass.transports.exactly_once import Sender, Taker
 from milkglass.transports.wrappers import PackingTransport, RecordingTransport
@@ -56,7 +56,13 @@ class Ended:
 def in_one_process(recipe: Recipe) -> tuple[Ended, Frames]:
     """The same parties with the same keys in this process, and all that crossed."""
     with computing_with(recipe.threads):
-        setup = set_up(recipe, wrap=RecordingTransport)
+        return play_to_end(set_up(recipe, wrap=RecordingTransport))
+
+
+def play_to_end(setup: Setup) -> tuple[Ended, Frames]:
+    """All epochs of parties whose clients have recording transports, and all that crossed."""
+    recipe = setup.recipe
+    with computing_with(recipe.threads):
         epochs = [play_epoch(setup, epoch) for epoch in range(1, recipe.training.epochs + 1)]
     weights: dict[str, Mapping[str, Tensor]] = {recipe.parties.server: setup.server.stage.state_dict()}
     metrics, summaries, frames = {}, {}, Frames()
@@ -138,9 +144,11 @@ class Network:
         for party in self._parties:
             party.end()
 
-    def write_recipe(self, recipe: Recipe) -> None:
-        """What a party that is started from now on reads: it may differ in what is the party's own."""
-        (self.folder / "recipe.toml").write_text(recipe.to_toml())
+    def write_recipe(self, recipe: Recipe, name: str | None = None) -> None:
+        """What a party that is started from now on reads, that one or all without their own: it may differ in what is
+        the party's own.
+        """
+        (self.folder / f"{name or 'recipe'}.toml").write_text(recipe.to_toml())
 
     def start(self, name: str, *, resume: bool = False) -> Party:
         """Start a party; the server first: it keeps the port that it gets."""
@@ -253,10 +261,15 @@ class Party:
 # In a party's process.
 
 
+def _recipe_of(folder: Path, name: str) -> Recipe:
+    own = folder / f"{name}.toml"
+    return load_recipe(own if own.exists() else folder / "recipe.toml")
+
+
 def _serve(
     told: Connection, folder: Path, name: str, certificates: Path, port: int, resume: bool, onward: int | None
 ) -> None:
-    recipe = load_recipe(folder / "recipe.toml")
+    recipe = _recipe_of(folder, name)
     credentials = load_credentials(certificates, "server")
     _watch_frames(folder / f"{name}.frames")
     _tell(
@@ -276,7 +289,7 @@ def _serve(
 
 
 def _join(told: Connection, folder: Path, name: str, certificates: Path, address: str, resume: bool) -> None:
-    recipe = load_recipe(folder / "recipe.toml")
+    recipe = _recipe_of(folder, name)
     _watch_frames(folder / f"{name}.frames")
     _tell(
         told,

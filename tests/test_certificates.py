@@ -340,8 +340,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     monkeypatch.undo()
     (tmp_path / "file").write_text("in the way")
-    with refuses(RunError, "cannot make the folder", str(tmp_path / "file")):
-        make_certificates(tmp_path / "file", "localhost", ["a"])
+    for folder in (tmp_path / "file", tmp_path / "file" / "inner"):
+        words = f"cannot make the folder {folder / 'ca'}: {tmp_path / 'file'} is a file; expected a folder"
+        with refuses(RunError, words):
+            make_certificates(folder, "localhost", ["a"])
 
 
 def test_a_ca_that_cannot_be_used_is_refused(kit: Path, tmp_path: Path) -> None:

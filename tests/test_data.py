@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from milkglass.data import MINIMUM_PART, Deal, RawRecords, Records, deal, load, owners_part
 from milkglass.errors import DataError, MissingExtraError
 from milkglass.randomness import public_source
-from milkglass.records import RawPictures, RawTable
+from milkglass.records import UNLABELED, RawPictures, RawTable
 
 Array = NDArray[Any]
 SHARES: dict[str, Any] = {"auxiliary_share": 0.2, "validation_share": 0.1, "test_share": 0.2}
@@ -759,6 +759,37 @@ def test_a_hub_name_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_deal_that_cannot_be_made(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(DataError, match=line):
         dealt(load(name="digits"), **changes)
+
+
+def test_where_the_classes_are_known_a_file_may_lack_some(tmp_path: Path) -> None:
+    raw = load(path=images(tmp_path, 90))
+    assert dealt(raw).classes == 3
+    assert dealt(raw, classes=5).classes == 5
+    one = load(path=images(tmp_path, 90, labels=np.full(90, 2)))
+    assert set(dealt(one, classes=3).train["a"].y.tolist()) == {2}
+    with pytest.raises(DataError, match=r"x\.npz: label 2 of record 0 is out of range; expected 0 to 1 for 2 classes"):
+        dealt(one, classes=2)
+
+
+def test_records_without_labels_are_dealt_where_the_classes_are_known(tmp_path: Path) -> None:
+    bare = load(path=npz(tmp_path / "x.npz", images=pictures(90)), may_lack_labels=True)
+    labeled = load(path=images(tmp_path, 90))
+    found, expected = dealt(bare, classes=3), dealt(labeled)
+    assert torch.equal(found.train["a"].x, expected.train["a"].x)
+    assert set(found.train["a"].y.tolist()) == {UNLABELED}
+    with pytest.raises(DataError, match=r"x\.npz: no labels; expected some"):
+        dealt(bare)
+
+
+def test_a_share_of_nothing_leaves_its_part_empty_and_its_records_to_the_training(tmp_path: Path) -> None:
+    result = dealt(load(path=images(tmp_path)), auxiliary_share=0.0, validation_share=0.0)
+    assert {name: len(indices) for name, (_, indices) in parts(result).items()} == {
+        "train a": 48,
+        "auxiliary": 0,
+        "validation": 0,
+        "test": 12,
+    }
+    assert result.auxiliary.x.shape == (0, 1, 4, 4)
 
 
 def test_a_test_file_must_match_the_training_file(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from milkglass.errors import MessageError
-from milkglass.handover import SEAL_BYTES, average, seal, unseal
+from milkglass.handover import average, seal, unseal
 from milkglass.randomness import Source, drawing_from, public_source
+from milkglass.training.rounds import sealing_key
 from milkglass.training.split import play_epoch, set_up
 from milkglass.transcript import Transcript
 from milkglass.transports.wrappers import RecordingTransport
-from tests.helpers import KEY
+from tests.helpers import KEY, small_recipe
 from tests.training.whole import U_SHAPED, parties, recipe_of
 
 SHARED = Source(KEY)
@@ -90,7 +91,7 @@ def test_of_another_party_round_or_key_or_cut_short() -> None:
         (SHARED, "ann", 11, sealed),
         (Source(b"x" * 32), "ann", 1, sealed),
         (SHARED.derive("shared"), "ann", 1, sealed),
-        *[(SHARED, "ann", 1, part) for part in (sealed[:-1], sealed[1:], sealed[:0], sealed[:SEAL_BYTES], longer)],
+        *[(SHARED, "ann", 1, part) for part in (sealed[:-1], sealed[1:], sealed[:0], sealed[:16], longer)],
     ):
         with pytest.raises(MessageError, match=f"weights of {party} in round {round_}: cannot be opened") as caught:
             unseal(what, shared, party, round_)
@@ -110,7 +111,7 @@ def test_the_server_finds_no_weight_in_what_it_is_handed() -> None:
     assert len(sealed) == 6
     for seat in setup.seats:
         mine = next(m.tensors["sealed"] for m in sealed if m.kind == "weights" and m.party == seat.client.name)
-        opened = unseal(mine, seat.shared, seat.client.name, 1)
+        opened = unseal(mine, sealing_key(seat), seat.client.name, 1)
         assert float(opened.pop("records")) == 32
         assert {name.split(".")[0] for name in opened} == {"stage", "head"}, "what the optimizer knows stays"
         plain = set().union(*(_chunks(tensor.numpy().tobytes()) for tensor in opened.values()))
@@ -122,7 +123,7 @@ def test_the_server_finds_no_weight_in_what_it_is_handed() -> None:
         # the server has the recipe, and with it everything public
         for guess in (public_source(recipe.seed), setup.server.source, public_source(recipe.seed).derive("shared")):
             with pytest.raises(MessageError, match="cannot be opened"):
-                unseal(mine, guess, seat.client.name, 1)
+                unseal(mine, guess.derive("sealing", recipe.digest()), seat.client.name, 1)
 
 
 # -- the mean
@@ -163,3 +164,12 @@ def test_a_mean_of_parts_that_do_not_fit_is_an_error() -> None:
             average([one, wrong], [1, 1])
     with pytest.raises(ValueError, match="zip"):
         average([one, one], [1])
+
+
+def test_every_recipe_has_a_sealing_key_of_its_own() -> None:
+    seats = [set_up(small_recipe(seed=seed), Source(KEY)).seats[0] for seed in (0, 1)]
+    weights = {"w": torch.ones(3)}
+    sealed = seal(weights, sealing_key(seats[0]), "client", 1)
+    assert torch.equal(unseal(sealed, sealing_key(seats[0]), "client", 1)["w"], weights["w"])
+    with pytest.raises(MessageError, match="cannot be opened"):  # handed out again in another run
+        unseal(sealed, sealing_key(seats[1]), "client", 1)

@@ -36,7 +36,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "controls": ("transcript",),
     "training": (
         *("client", "server", "desk", "sharding", "certificates", "cuts", "compression"),
-        *("transports", "transports.wrappers", "runs", "data", "networks", "recipe"),
+        *("memory", "transports", "transports.wrappers", "runs", "data", "networks", "recipe"),
     ),
     "attacks": ("transcript", "messages", "leakage", "networks"),
     "hop": ("server", "messages", "transports.base"),
@@ -46,6 +46,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "server": ("parties", "guards", "codec", "messages"),
     "certificates": (),
     "logs": (),
+    "memory": (),
     "metrics": (),
     "handover": (),
     "linkage": (),

@@ -118,6 +118,20 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert load_recipe(tmp_path / "r.toml", ["seed=3"]).data.path == str(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("given", [{}, {"record_shape": [8]}, {"classes": 3}])
+def test_only_a_server_that_says_what_records_are_like_need_not_name_any(given: dict[str, object]) -> None:
+    assert _recipe(data={"record_shape": [8], "classes": 3}).digest() == _recipe().digest()
+    with pytest.raises(RecipeError, match="found none of them, nor both record_shape and classes"):
+        _recipe(data=given)
+
+
+def test_the_page_tells_lists_of_numbers_from_lists_of_names() -> None:
+    kinds = {key: kind for key, kind, _, _ in fields()}
+    numbers = ("parties.vertical.parts", "data.record_shape")
+    assert {kinds[key] for key in numbers} == {"list of whole numbers"}
+    assert {kinds[key] for key in ("parties.clients", "cut.hops", "data.sensitive")} == {"list of names"}
+
+
 def _recipe(**changes: object) -> Recipe:
     tables: dict[str, object] = {"data": {"path": "/a.npz"}, "network": {"name": "cnn"}, "cut": {"at": "x"}}
     return parse_recipe(tables | changes)

@@ -25,7 +25,8 @@ from milkglass.randomness import KEY_BYTES, Source, public_source
 from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder
 from milkglass.server import Server
-from milkglass.training.serve import Form, agreement, crossing, form_of, known_run
+from milkglass.training.party_folder import known_run
+from milkglass.training.serve import Form, agreement, crossing, form_of
 from milkglass.training.setup import network_parts
 from milkglass.training.split import computing_with, make_packings
 from milkglass.transports.door import Watch

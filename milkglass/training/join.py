@@ -16,11 +16,13 @@ from typing import Any, final
 from milkglass.certificates import Credentials
 from milkglass.client import StepResult
 from milkglass.errors import EgressError, HijackError, LinkError, RecipeError, RunError, nearest
+from milkglass.memory import keep_freed_memory
 from milkglass.parties import run_to_end
 from milkglass.randomness import KEY_BYTES, Source, read_key
 from milkglass.recipe import Recipe
 from milkglass.runs import ALARM, Checkpoint, RunFolder
 from milkglass.training.inputs import RECORDS, told
+from milkglass.training.party_folder import known_run, own_folder, private_source
 from milkglass.training.rounds import Position, Seat, playing_epoch
 from milkglass.training.serve import (
     FAREWELL_SECONDS,
@@ -28,8 +30,6 @@ from milkglass.training.serve import (
     Form,
     agreement,
     crossing,
-    known_run,
-    private_source,
 )
 from milkglass.training.setup import crossing_shapes, make_client
 from milkglass.training.shares import Share, deal_and_hash, owner_shapes, share_of
@@ -82,11 +82,11 @@ def join(
             f"mode {recipe.parties.mode} needs a key that the clients share and the server lacks: --shared-key FILE, "
             "32 raw bytes (head -c 32 /dev/urandom), the same for every client"
         )
+    keep_freed_memory()
     with computing_with(recipe.threads):
         shared = Source(bytes(KEY_BYTES)) if shared_key is None else read_key(shared_key)
         material = _material(recipe, name, shared)
-        create = RunFolder.resume if resume else RunFolder.create
-        folder = create(out, recipe, material.digest)
+        folder = own_folder(out, recipe, material.digest, resume=resume)
         with folder.locked():
             folder.check_alarm()
             if folder.finished and not (folder.path / "journal").exists():
@@ -115,9 +115,8 @@ def _material(recipe: Recipe, name: str, shared: Source) -> _Material:
         if data.record_shape is None:
             raise RecipeError("data.record_shape is missing: an owner's own file does not tell what a whole record is")
         shape = data.record_shape
-    for what, ours, theirs in (("record_shape", shape, data.record_shape), ("classes", records.classes, data.classes)):
-        if theirs is not None and theirs != ours:
-            raise RecipeError(f"data.{what} is {theirs} in the recipe; the records have {ours}")
+    if data.record_shape is not None and data.record_shape != shape:
+        raise RecipeError(f"data.record_shape is {data.record_shape} in the recipe; the records have {shape}")
     share = share_of(recipe, records, name, hashes)
     expected = owner_shapes(recipe, shape)[name]
     if tuple(share.train.x.shape[1:]) != expected:

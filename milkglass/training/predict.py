@@ -38,7 +38,8 @@ from milkglass.runs import RunFolder, write_beside
 from milkglass.training.answer import TOP, Answering, check_way, only, read_stage
 from milkglass.training.evaluate import BATCH
 from milkglass.training.inputs import RECORDS, form_in, read_input
-from milkglass.training.serve import Form, agreement, crossing, known_run
+from milkglass.training.party_folder import known_run
+from milkglass.training.serve import Form, agreement, crossing
 from milkglass.training.setup import compressor, crossing_shapes, defenses, network_parts
 from milkglass.training.split import computing_with, make_packings
 from milkglass.training.summary import traffic_summary

@@ -173,12 +173,17 @@ def _handing_over(seat: Seat, epoch: int) -> Generator[None, None, None]:
     """Leave one's own weights, sealed; take the last one's (relay), or the mean of all (SplitFed)."""
     relay = seat.recipe.parties.mode == "relay"
     left = seat.client.weights(with_optimizer=relay) | {"records": torch.tensor(seat.position.seen)}
-    sealed = seal(left, seat.shared, seat.client.name, epoch)
+    sealed = seal(left, sealing_key(seat), seat.client.name, epoch)
     seat.client.leave("weights", epoch, {"sealed": sealed})
     yield
     seat.client.take("receipt", epoch)
     everyone = range(len(seat.recipe.parties.clients))
     yield from _taking(seat, epoch, everyone[-1:] if relay else everyone)
+
+
+def sealing_key(seat: Seat) -> Source:
+    """Another one for every recipe: what was sealed in another run opens in none of its own."""
+    return seat.shared.derive("sealing", seat.recipe.digest())
 
 
 def _taking(seat: Seat, epoch: int, of: Sequence[int]) -> Generator[None, None, None]:
@@ -189,9 +194,8 @@ def _taking(seat: Seat, epoch: int, of: Sequence[int]) -> Generator[None, None, 
     names = [seat.recipe.parties.clients[index] for index in of]
     if list(answer.tensors) != [str(place) for place in range(len(names))]:
         raise MessageError(f"expected the weights of {', '.join(names)}; the server sent {len(answer.tensors)} of them")
-    opened = [
-        unseal(sealed, seat.shared, name, epoch) for name, sealed in zip(names, answer.tensors.values(), strict=True)
-    ]
+    key = sealing_key(seat)
+    opened = [unseal(sealed, key, name, epoch) for name, sealed in zip(names, answer.tensors.values(), strict=True)]
     try:
         counts = [float(weights.pop("records")) for weights in opened]
         # what only the optimizer remembers stays with its own client, but in a relay

@@ -7,7 +7,6 @@ summary.json. Started again with `resume` it is where it was, and its clients no
 from __future__ import annotations
 
 import asyncio
-import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -19,12 +18,14 @@ from typing import Any, Final, final
 from milkglass.certificates import Credentials
 from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, nearest
 from milkglass.formats import EMBEDDED
+from milkglass.memory import keep_freed_memory
 from milkglass.messages import Message
-from milkglass.randomness import Source, read_key, write_key
+from milkglass.randomness import Source
 from milkglass.recipe import Recipe
 from milkglass.runs import Checkpoint, RunFolder
 from milkglass.server import Server
 from milkglass.training.evaluate import BATCH
+from milkglass.training.party_folder import drawn_run, known_run, own_folder, private_source
 from milkglass.training.setup import Shapes, compressor, crossing_shapes, make_desk, make_hop, network_parts
 from milkglass.training.sharded import follow as follow_rank_0
 from milkglass.training.sharded import sharing_out
@@ -33,7 +34,7 @@ from milkglass.training.split import computing_with, make_packings
 from milkglass.transports.agreement import Agreement, Crossing
 from milkglass.transports.door import Watch
 from milkglass.transports.exactly_once import Sender, Taker
-from milkglass.transports.grpc import RUN_UNKNOWN, GrpcTransport, Log, silent
+from milkglass.transports.grpc import GrpcTransport, Log, silent
 from milkglass.transports.grpc_server import GrpcServer
 from milkglass.transports.wrappers import PackingService, PackingTransport
 
@@ -92,14 +93,6 @@ def agreement(recipe: Recipe, form: Form, name: str) -> Agreement:
     return Agreement(recipe.agreed(), form.shapes.cut[name])
 
 
-def private_source(folder: RunFolder, key: Path | None) -> Source:
-    """The party's private source: of the key named, or of one made in its folder at the start."""
-    own = folder.path / "key"
-    if key is not None:
-        return read_key(key)
-    return read_key(own) if own.exists() else write_key(own)
-
-
 @dataclass(frozen=True)
 class Onward:
     """How a hop reaches the next party: its own name, where that listens (HOST:PORT), and as whom it dials."""
@@ -137,7 +130,7 @@ class Serving:
             self.desk = make_hop(recipe, self.name, *form, private, packed)
         share(self.desk.servers[self.desk.clients[0]])
         self.limits = {name: crossing(recipe, self.form, name).to_server() for name in self.desk.clients}
-        self.run = _run_number(folder)
+        self.run = drawn_run(folder)
         self._kept_at = 0 if checkpoint is None else checkpoint.number
         self.taker = Taker(
             PackingService(self.desk, packings) if packings else self.desk,
@@ -244,13 +237,13 @@ def serve(
     port once clients can come. SIGTERM and Ctrl-C end it with its state kept.
     Raises MilkglassError, one line, for what cannot be served.
     """
+    keep_freed_memory()
     with computing_with(recipe.threads):
         form = form_of(recipe)  # before the folder: what cannot be served leaves no trace
         hop = None if onward is None else onward.hop
-        create = RunFolder.resume if resume else RunFolder.create
         with (
             sharing_out(recipe, form.record_shape, form.classes, hop, log) as share,
-            (folder := create(out, recipe, NO_RECORDS)).locked(),
+            (folder := own_folder(out, recipe, NO_RECORDS, resume=resume)).locked(),
         ):
             serving = Serving(recipe, folder, private_source(folder, key), onward, share)
             try:
@@ -343,26 +336,6 @@ def _dial_on(
         answer_seconds=recipe.client.answer_seconds,
         log=onward.log,
     )
-
-
-def known_run(folder: RunFolder, name: str) -> int:
-    """The number of the run that a client has been told, and kept in that file; 0 before."""
-    if not (folder.path / name).exists():
-        return RUN_UNKNOWN
-    number = folder.read_json(name).get("run")
-    if not isinstance(number, int):
-        raise RunError(f"{folder.path / name}: damaged; expected a number")
-    return number
-
-
-def _run_number(folder: RunFolder) -> int:
-    """The number of this run, drawn once: two runs of one recipe differ in it."""
-    if not (folder.path / "run.json").exists():
-        folder.write_json("run.json", {"run": secrets.randbits(63) + 1})
-    number = folder.read_json("run.json").get("run")
-    if not isinstance(number, int):
-        raise RunError(f"{folder.path / 'run.json'}: damaged; expected a number")
-    return number
 
 
 def _sealed_bytes(recipe: Recipe, form: Form) -> int:

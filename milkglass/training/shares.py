@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from milkglass.data import Deal, RawRecords, Records, deal, load, owners_part
+from milkglass.errors import RecipeError
 from milkglass.linkage import hash_ids, sorted_by_hash
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
+from milkglass.records import UNLABELED
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ def deal_and_hash(
 ) -> tuple[Deal, torch.Tensor | None]:
     """`deal_records`, and in vertical training the hashes (N, 32) of all ids, which the server compares."""
     if not recipe.parties.is_vertical:
-        return _deal(recipe, _raw(recipe), own), None
+        return _deal(recipe, _raw(recipe, own), own), None
     key = shared or shared_rehearsal_key(recipe)
     run = bytes.fromhex(recipe.digest())
     parts: list[RawRecords | None] = []
     hashes = []
-    for what, raw in zip((b"train", b"test"), _raw(recipe), strict=True):
+    for what, raw in zip((b"train", b"test"), _raw(recipe, own), strict=True):
         if raw is None:
             parts.append(None)
             continue
@@ -92,21 +94,47 @@ def owner_shapes(recipe: Recipe, shape: Sequence[int]) -> dict[str, tuple[int, .
     return {name: tuple(part.shape[1:]) for name, part in zip(clients, parts, strict=True)}
 
 
-def _raw(recipe: Recipe) -> tuple[RawRecords, RawRecords | None]:
+def _raw(recipe: Recipe, own: str | None) -> tuple[RawRecords, RawRecords | None]:
+    """The training file, and the test file if there is one; of an owner whose labels nobody uses, without them."""
     data = recipe.data
-    ids = data.ids
-    train = load(name=data.name, path=_path(data.path), hub=data.hub, sensitive=data.sensitive, ids=ids)
-    test = None
+    if data.name is None and data.path is None and data.hub is None:
+        raise RecipeError("the recipe names no records; expected data.path, data.name or data.hub where they are")
+    bare = own is not None and recipe.parties.is_vertical and own != recipe.parties.clients[0]
+    if bare and data.classes is None:
+        raise RecipeError(
+            f"data.classes is missing: {own}'s own file has no labels that count, so the recipe must say how many "
+            "classes there are"
+        )
+
+    def read(*, name: str | None = None, path: str | None = None, hub: str | None = None, split: str) -> RawRecords:
+        where = None if path is None else Path(path)
+        raw = load(
+            name=name,
+            path=where,
+            hub=hub,
+            split=split,
+            sensitive=data.sensitive,
+            ids=data.ids,
+            may_lack_labels=bare,
+        )
+        return replace(raw, labels=np.full_like(raw.labels, UNLABELED), class_names=None) if bare else raw
+
+    train = read(name=data.name, path=data.path, hub=data.hub, split="train")
     if data.test_path is not None:
-        test = load(path=_path(data.test_path), sensitive=data.sensitive, ids=ids)
-    elif data.test_split is not None:
-        test = load(hub=data.hub, split=data.test_split, sensitive=data.sensitive, ids=ids)
-    return train, test
+        return train, read(path=data.test_path, split="train")
+    if data.test_split is not None:
+        return train, read(hub=data.hub, split=data.test_split)
+    return train, None
 
 
 def _deal(recipe: Recipe, raw: tuple[RawRecords, RawRecords | None], own: str | None) -> Deal:
     data = recipe.data
     vertical = recipe.parties.is_vertical
+    for share in ("auxiliary_share", "validation_share"):
+        if getattr(recipe.attacker, share) == 0 and not recipe.client.own_records:
+            raise RecipeError(
+                f"attacker.{share} is 0; expected more than 0, or a client's own file (client.own_records = true)"
+            )
     clients: tuple[str, ...] = recipe.parties.clients[:1] if vertical else recipe.parties.clients
     records = deal(
         *raw,
@@ -117,13 +145,10 @@ def _deal(recipe: Recipe, raw: tuple[RawRecords, RawRecords | None], own: str | 
         validation_share=recipe.attacker.validation_share,
         test_share=data.test_share,
         source=public_source(recipe.seed).derive("deal"),
+        classes=data.classes,
     )
     if vertical and own is None:
         part, indices = records.train[clients[0]], records.train_indices[clients[0]]
         names = recipe.parties.clients
         records = replace(records, train=dict.fromkeys(names, part), train_indices=dict.fromkeys(names, indices))
     return records
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

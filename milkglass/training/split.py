@@ -20,7 +20,7 @@ from milkglass.compression.base import Identity
 from milkglass.cuts import Caution
 from milkglass.data import Deal
 from milkglass.desk import Desk
-from milkglass.errors import HijackError, RunError
+from milkglass.errors import EgressError, HijackError, RunError
 from milkglass.messages import Responder
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
@@ -244,7 +244,7 @@ def train(
             folder.check_alarm()
             try:
                 lines = _train_epochs(setup, folder, progress)
-            except HijackError as error:
+            except (HijackError, EgressError) as error:
                 folder.write(ALARM, str(error).encode())
                 raise
             write_stages(setup, folder)

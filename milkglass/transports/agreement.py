@@ -28,7 +28,6 @@ MOST_HASHED: Final = 1 << 20
 _FLOAT: Final = frozenset({torch.float32})
 _INT: Final = frozenset({torch.int64})
 _BYTES: Final = frozenset({torch.uint8})
-Kinds = Mapping[str, Mapping[str, Allowed]]
 GREETINGS: Final = Limits(
     GREETING_BYTES + 4096,
     {kind: {"told": Allowed((None,), _BYTES, GREETING_BYTES)} for kind in ("hello", "welcome")},

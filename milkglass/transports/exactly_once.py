@@ -18,9 +18,8 @@ from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_intdigest
 
-from milkglass.codec import Limits, decode, encode, peek_header
+from milkglass.codec import Limits, decode, encode, glance, peek_header
 from milkglass.errors import MessageError, RunError
 from milkglass.messages import Message, Service
 from milkglass.transports.journal import Journal
@@ -124,7 +123,7 @@ class Sender:
 
         Raises MessageError for one that is damaged, of another run, or not what was agreed.
         """
-        number = peek_header(frame).number
+        _, number, _ = glance(frame)
         if number in self._unanswered:
             message = decode(frame, limits, run)
             self._inbox.append(frame)
@@ -238,7 +237,7 @@ class Taker:
                 f"message {message.number} of {party} came long ago, the next is {line.taken}: its run folder is older "
                 "than the server's; nothing is taken twice"
             )
-        if line.prints[message.number] != xxh3_64_intdigest(frame):
+        if line.prints[message.number] != glance(frame)[2]:
             raise MessageError(f"message {message.number} of {party} was another one when it came first")
         return line.answers.get(message.number, b"")
 
@@ -320,7 +319,7 @@ class Taker:
     def _apply(self, party: str, message: Message, frame: bytes) -> Frames:
         answers = self._service.receive(message)
         line = self._lines[party]
-        line.prints[message.number] = xxh3_64_intdigest(frame)
+        line.prints[message.number] = glance(frame)[2]  # `check` has found that it is this frame's
         line.prints.pop(message.number - self._window, None)
         line.taken += 1
         self._unanswered[party, message.number] = frame

@@ -19,13 +19,14 @@ import grpc
 import grpc.aio
 
 from milkglass.certificates import Credentials
-from milkglass.codec import Limits, decode, encode, peek_header
+from milkglass.codec import Limits, decode, encode, glance, peek_header
 from milkglass.errors import LinkError, MessageError
 from milkglass.messages import Message
 from milkglass.transports.agreement import GREETINGS, HEARTBEATS, Agreement, read_greeting, refused
 from milkglass.transports.base import Transport
 from milkglass.transports.door import check_plain
 from milkglass.transports.exactly_once import Sender
+from milkglass.transports.own_loop import OwnLoop
 
 METHOD: Final = "/milkglass.Parties/Talk"
 RUN_UNKNOWN: Final = 0
@@ -65,6 +66,10 @@ def channel_options(frame_bytes: int, heartbeat_seconds: float) -> list[tuple[st
 
 class _LostError(Exception):
     """The connection broke: dial again."""
+
+
+class _NotYetError(_LostError):
+    """The server is there, and does not let this client in now: dial again."""
 
 
 Log = Callable[..., None]
@@ -110,8 +115,10 @@ class GrpcTransport(Transport):
         self._run, self._entered = run, entered
         self.patience_seconds = patience_seconds
         self._answer_seconds, self._heartbeat = answer_seconds, heartbeat_seconds
-        self._log = log
-        self._loop = asyncio.new_event_loop()
+        self._write_log = log
+        self._step = 0
+        self._own_loop = OwnLoop()
+        self._loop = self._own_loop.loop
         self._reader: asyncio.Task[Any] | None = None
         self._reading_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -131,36 +138,40 @@ class GrpcTransport(Transport):
         """The server's number of the run; 0 until it is known."""
         return self._run
 
+    def _log(self, event: str, **values: object) -> None:
+        self._write_log(event, run=f"{self._run:016x}", step=self._step, **values)
+
     def connect(self) -> None:
         """Dial and shake hands; raises LinkError where the server is away for too long, or refuses."""
-        self._loop.run_until_complete(self._connected())
+        self._own_loop.finish(self._connected())
 
     def send(self, message: Message) -> None:
         if self._run == RUN_UNKNOWN:
             self.connect()
         frame, leaves = self.sender.send(message, self._run)
+        self._step = message.step
         self.traffic.count("to server", message.kind, len(frame))
         if not leaves:
             return
         self._outgoing.append(frame)
         if message.pieces > 1 and self._call is not None:
             for _ in range(3):  # enough for gRPC to take a frame; its threads do the rest while the next is computed
-                self._loop.run_until_complete(self._let_write())
+                self._own_loop.finish(self._let_write())
 
     def receive(self) -> Message:
         found = self.sender.answer()
         if found is None:
-            found = self._loop.run_until_complete(self._awaited_answer())
+            found = self._own_loop.finish(self._awaited_answer())
         message, wire_bytes = found
         self.traffic.count("to client", message.kind, wire_bytes)
         return message
 
     def close(self) -> None:
-        """Hang up."""
-        self._loop.run_until_complete(self._say_farewell())
-        self._loop.run_until_complete(self._hang_up())
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
+        """Hang up; what Ctrl-C has left half-done is given up first."""
+        self._own_loop.give_up()
+        self._own_loop.finish(self._say_farewell())
+        self._own_loop.finish(self._hang_up())
+        self._own_loop.close()
         self.sender.close()
 
     # In the loop.
@@ -193,12 +204,17 @@ class GrpcTransport(Transport):
                 f"the server at {self._address} has given no sign for {self._answer_seconds:g} seconds; awaited was "
                 f"{awaited}{waits}"
             ) from None
-        except (grpc.aio.AioRpcError, asyncio.CancelledError):
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # it is this client that gives up, not the stream that ended
+            frame = grpc.aio.EOF
+        except grpc.aio.AioRpcError:
             frame = grpc.aio.EOF
         if frame is grpc.aio.EOF:
             await self._ended()
         self._goes_well()
-        if peek_header(frame).kind == "waits":
+        if glance(frame)[0] == "waits":
             self._heartbeat_came(frame)
             return
         self._waits_for = ""
@@ -247,6 +263,8 @@ class GrpcTransport(Transport):
             await self._hang_up()
             error = _FINAL[code]
             raise error(details) if error is MessageError else refused(details or code.name.lower())
+        if code is grpc.StatusCode.ALREADY_EXISTS and details:
+            raise _NotYetError(details)
         raise _LostError(f"{code.name.lower()}: {details}" if details else code.name.lower())
 
     async def _connected(self) -> None:
@@ -256,22 +274,23 @@ class GrpcTransport(Transport):
                 await self._dial()
                 return
             except (_LostError, grpc.aio.AioRpcError, OSError, TimeoutError) as error:
-                reason = _in_words(error)
+                reason, kept_out = _in_words(error), isinstance(error, _NotYetError)
                 await self._hang_up()
             except BaseException:
                 await self._hang_up()
                 raise
             if not self._was_in and any(sign in reason for sign in _UNTRUSTED):
                 raise LinkError(f"the server at {self._address} is not one that this client trusts: {reason}")
-            await self._pause(reason)
+            await self._pause(reason, kept_out=kept_out)
 
-    async def _pause(self, reason: str) -> None:
+    async def _pause(self, reason: str, *, kept_out: bool = False) -> None:
         """Before dialing again. Raises LinkError once nothing has come through for too long."""
         left = self._patience_left()
         if left <= 0:
             hint = " (does it trust this client?)" if "Socket closed" in reason and not self._was_in else ""
+            failed = "did not let this client in" if kept_out else "could not be reached"
             raise LinkError(
-                f"the server at {self._address} could not be reached for {self.patience_seconds:g} seconds: "
+                f"the server at {self._address} {failed} for {self.patience_seconds:g} seconds: "
                 f"{reason}{hint}; nothing is lost: run it again (join: with --resume)"
             )
         self._log("dialing again", address=self._address, reason=reason)
@@ -307,7 +326,7 @@ class GrpcTransport(Transport):
         self._enter(decode(frame, GREETINGS))
         self._was_in, self._welcomed = True, time.monotonic()
         self._outgoing = deque(self.sender.again())
-        self._log("connected", address=self._address, run=f"{self._run:016x}", again=len(self._outgoing))
+        self._log("connected", address=self._address, again=len(self._outgoing))
 
     def _enter(self, welcome: Message) -> None:
         told = read_greeting(welcome)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, final
 
 import grpc
@@ -74,7 +75,9 @@ class GrpcServer:
         self._handshake_seconds, self._greeting_seconds = handshake_seconds, greeting_seconds
         self._door = Door(1.5 * handshake_seconds)
         self._watch: Watch = watch or Unwatched()
-        self._log = log
+        self._log: Log = partial(log, run=f"{run:016x}")
+        self._steps: dict[str, int] = {}  # of each client's last message
+        self._stalled: dict[str, str] = {}  # whom each client waits for, as was logged last
         self._connections: dict[str, Connection] = {}
         self._changed = asyncio.Event()  # set, and replaced, after each message that was taken
         self._turn = asyncio.Lock()
@@ -176,7 +179,8 @@ class GrpcServer:
         if self._connections.get(connection.party) is connection:
             del self._connections[connection.party]
             self._watch.connected(len(self._connections))
-            self._log("disconnected", party=connection.party, peer=peer, **reason)
+            step = self._steps.get(connection.party)
+            self._log("disconnected", party=connection.party, step=step, peer=peer, **reason)
 
     async def _let_in(self, context: Any) -> Connection:
         """Who it is, and whether both hold the same recipe. Aborts the stream where it may not come in."""
@@ -210,7 +214,7 @@ class GrpcServer:
         self._check_running()
         connection = self._connections[party] = Connection(party, context)
         self._watch.connected(len(self._connections))
-        self._log("connected", party=party, peer=context.peer())
+        self._log("connected", party=party, step=self._steps.get(party), peer=context.peer())
         return connection
 
     async def _greeted(self, context: Any, name: str) -> Message:
@@ -341,6 +345,7 @@ class GrpcServer:
     def _take_now(self, party: str, message: Message, frame: bytes) -> Frames:
         started = time.perf_counter()
         frames = self._taker.take(party, message, frame)
+        self._steps[party] = message.step
         seconds = self._seconds[message.kind] = time.perf_counter() - started
         self._watch.message(party, message.kind, len(frame), seconds)
         return frames
@@ -353,9 +358,17 @@ class GrpcServer:
             told = torch.frombuffer(bytearray(waits_for.encode()[:1024] or b" "), dtype=torch.uint8)
             frame = encode(Message("waits", self._name, 0, {"for": told}), self._run)
             for connection in list(self._connections.values()):
+                self._log_stall(connection.party, waits_for)
                 owes = self._taker.owes(connection.party) or self._in_hand[connection.party]
                 if owes and not connection.writing.locked():  # one that does not read must not hold up the others
                     self._spawn(connection.push(frame))
+
+    def _log_stall(self, party: str, waits_for: str) -> None:
+        """Say once for whom a client waits, and again when that changes."""
+        found = waits_for if self._taker.owes(party) else ""
+        if found and found != self._stalled.get(party):
+            self._log("waiting", party=party, step=self._steps.get(party), waits_for=found)
+        self._stalled[party] = found
 
     async def _watch_door(self) -> None:
         while True:

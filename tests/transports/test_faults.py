@@ -231,7 +231,7 @@ def test_heartbeats_keep_a_long_wait_alive_and_say_for_whom(theirs: Credentials,
         timer.join()
         assert torch.equal(answer.tensors["gradient"], question("hospital-a", 0).tensors["activations"] * 2)
     assert [line for line in said if line["event"] == "waiting"] == [
-        {"event": "waiting", "party": "hospital-a", "waits_for": "hospital-b"}
+        {"event": "waiting", "run": f"{RUN:016x}", "step": 0, "party": "hospital-a", "waits_for": "hospital-b"}
     ]
 
 

@@ -141,7 +141,7 @@ def test_plain_text_gets_nothing_from_a_server_that_speaks_tls(
     refused("handshake", "no TLS")
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "10.0.0.1:5000", ":5000", "[::]:0", "example.org:5000", "localhost"])
+@pytest.mark.parametrize("address", ["0.0.0.0:5000", "10.0.0.1:5000", "[::]:5000", "example.org:5000"])
 def test_plain_text_is_refused_off_loopback(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(Path(__file__).parents[2] / "examples" / "digits.toml")
     out = ["--out", str(tmp_path / "out"), "--plaintext"]
@@ -183,7 +183,7 @@ def test_a_second_connection_under_a_name_waits_until_the_first_is_gone(
     server: ServerThread, own: Own, tmp_path: Path, refused: Any
 ) -> None:
     second = dial(server.port, own("hospital-a"), tmp_path / "a", patience_seconds=0.3)
-    turned_away(second, "could not be reached", "hospital-a is connected already")
+    turned_away(second, "did not let this client in for 0.3 seconds: hospital-a is connected already")
     refused("there already", "hospital-a is connected already")
 
 

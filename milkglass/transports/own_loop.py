@@ -1,0 +1,43 @@
+"""An event loop that runs only while its owner waits for something, in the owner's thread, and that outlives Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar, final
+
+_Result = TypeVar("_Result")
+_LAST_SECONDS: Final = 1.0
+
+
+@final
+class OwnLoop:
+    """`loop` is asyncio's."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._interrupted: asyncio.Task[Any] | None = None
+
+    def finish(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Run until this is done. An interrupt leaves it half-done in the loop, until `give_up`."""
+        task = self.loop.create_task(work)
+        try:
+            return self.loop.run_until_complete(task)
+        except (KeyboardInterrupt, SystemExit):
+            self._interrupted = task
+            raise
+
+    def give_up(self) -> None:
+        """End what an interrupt left half-done: it must not wake up while its owner puts everything away."""
+        task, self._interrupted = self._interrupted, None
+        if task is None:
+            return
+        task.cancel()
+        self.loop.run_until_complete(asyncio.wait({task}, timeout=_LAST_SECONDS))
+        if task.done() and not task.cancelled():
+            task.exception()  # asked for, or asyncio complains that nobody did
+
+    def close(self) -> None:
+        """Nothing runs in it any more."""
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
