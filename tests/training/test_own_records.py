@@ -17,7 +17,7 @@ from milkglass.errors import AuditError, DataError, RecipeError
 from milkglass.randomness import rehearsal_source
 from milkglass.recipe import Recipe, parse_recipe
 from milkglass.records import Records
-from milkglass.replay import replay
+from milkglass.replay import find_reference, replay
 from milkglass.runs import RunFolder
 from milkglass.training.join import join
 from milkglass.training.rounds import Seat
@@ -289,3 +289,5 @@ def test_pairs_may_stay_away_only_of_own_files_and_then_no_audit_is_made(tmp_pat
     run = RunFolder.open_finished(tmp_path / "run")
     with pytest.raises(AuditError, match="set no pairs aside"):
         replay(run, run)
+    with pytest.raises(AuditError, match="set no pairs aside"):
+        find_reference(run)  # before it trains one

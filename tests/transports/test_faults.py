@@ -22,7 +22,7 @@ from milkglass.messages import Message
 from milkglass.transports.door import Connection
 from milkglass.transports.grpc import GrpcTransport
 from tests.wire_faults import FaultyNetwork
-from tests.wire_server import Doubling, Holding, ServerThread, asks, bare_channel, dial, doubled, question, until
+from tests.wire_server import RUN, Doubling, Holding, ServerThread, asks, bare_channel, dial, doubled, question, until
 
 Own = Callable[[str], Credentials]
 Dial = Callable[..., GrpcTransport]
