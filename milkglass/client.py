@@ -86,7 +86,7 @@ class Client(Party):
     optimizer: of the stage and the head; None if they have nothing to train. head: in U-shaped training the network's
     last part: with it labels and loss stay here. sends_labels: False for an owner of columns who has no labels.
     pieces: in how many a training batch goes out, one after the other, before the first answer is awaited. cut_shape:
-    of one record's activations, where it is agreed on: nothing else leaves; None for any shape and type. compressor:
+    of one record's activations, where it is agreed on: nothing else leaves; None for any shape. compressor:
     what the wire does to activations, for who asks what a receiver sees. source: the party's private randomness; by
     default a fresh one that nobody can repeat.
     """
@@ -121,7 +121,7 @@ class Client(Party):
         if cut_shape is None:
             self._egress = EgressGuard(agreed)
         else:
-            self._egress = EgressGuard(with_shapes(agreed, activations=cut_shape), torch.float32)
+            self._egress = EgressGuard(with_shapes(agreed, activations=cut_shape))
 
     def state(self) -> dict[str, Tensor]:
         counters = {"steps": torch.tensor(self.steps), "noise_block": torch.tensor(self.noise.block)}

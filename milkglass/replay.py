@@ -75,7 +75,7 @@ class Replay:
 def find_reference(run: RunFolder, named: Path | None = None, progress: Progress | None = None) -> RunFolder:
     """The undefended run of the same recipe: the one named, the run itself, or one trained once beside the run.
 
-    Raises RunError if the one named is defended, or made from another recipe; AuditError for a run that is not replayed.
+    Raises RunError if the one named is defended, or made from another recipe; AuditError for one not replayed.
     """
     _check_replayable(run.recipe)  # before a reference is trained for it
     undefended = run.recipe.undefended()
