@@ -70,6 +70,7 @@ class Desk:
         self._left: dict[tuple[int, str], Tensor] = {}
         self._collecting: dict[str, Message] = {}
         self._trained = dict.fromkeys(self.clients, 0)  # records of each in this round
+        self._done = dict.fromkeys(self.clients, 0)  # and steps
         self._order = self._turns()
         self._turn: str | None = None
         self._turns_done: list[str] = []  # whose steps they were
@@ -89,6 +90,8 @@ class Desk:
 
     def awaited(self) -> list[str]:
         """Those for whom an answer that is due to another client waits."""
+        if self._alone:
+            return [] if self._hop is None else ["the next party"]
         if self._collecting:
             return [client for client in self.clients if (self._round, client) not in self._left][:1]
         if self._matching:
@@ -130,6 +133,7 @@ class Desk:
         if self._hop is not None:
             return [(message.party, self._hop.reply(message))]
         if message.kind == "queries":
+            self._check_no_step(message.party)
             server = self.servers[message.party] if self._asked is None else self._asked
             return [(message.party, server.reply(message))]
         if message.kind not in _TRAINING:
@@ -149,7 +153,14 @@ class Desk:
         answer = self.servers[message.party].reply(message)
         if message.kind == "activations":
             self._trained[message.party] += len(message.tensors["activations"])
+        if self.servers[message.party].resting:
+            self._done[message.party] += 1
         return answer
+
+    def _check_no_step(self, party: str) -> None:
+        """Queries in the middle of a step would keep the server from ever resting."""
+        if not self.servers[party].resting and (self.mode != "splitfed2" or self._turn == party):
+            raise MessageError(f"'queries' of {party}: a training step of its is half done")
 
     def _check_turn(self, message: Message) -> None:
         if (self._round, message.party) in self._left:
@@ -265,9 +276,13 @@ class Desk:
         self._check_turn(message)
         if self.mode != "splitfed2" and not self.servers[message.party].resting:
             raise MessageError(f"'weights' of {message.party}: a training step of its is half done")
-        done = self._turns_done.count(message.party)
-        if self.mode == "splitfed2" and (self._waiting[message.party] or done != self._batches.get(message.party)):
+        done, said = self._done[message.party], self._batches.get(message.party)
+        if self.mode == "splitfed2" and (self._waiting[message.party] or done != said):
             raise MessageError(f"'weights' of {message.party}: it still has batches in epoch {message.step}")
+        if (said is not None and done > said) or (self.mode == "splitfed1" and not done):
+            raise MessageError(
+                f"'weights' of {message.party}: it has trained {done} batches in epoch {message.step}; it said {said}"
+            )
         self._left[place] = sealed.clone()
         answers: list[Addressed] = [(message.party, Message("receipt", self._name, message.step))]
         if all((self._round, client) in self._left for client in self.clients):
@@ -284,6 +299,7 @@ class Desk:
         self._asked = self.servers[self.clients[0]].snapshot()
         self._left = {place: sealed for place, sealed in self._left.items() if place[0] == self._round}
         self._trained = dict.fromkeys(self.clients, 0)
+        self._done = dict.fromkeys(self.clients, 0)
         self._round += 1
         self._order, self._turn, self._turns_done = self._turns(), None, []
 
@@ -325,6 +341,7 @@ class Desk:
         state = {
             "round": torch.tensor(self._round),
             "trained": torch.tensor([self._trained[client] for client in self.clients]),
+            "done": torch.tensor([self._done[client] for client in self.clients]),
             "turns_done": torch.tensor(len(self._turns_done)),
             "gone": torch.tensor([client in self._gone for client in self.clients]),
             "batches": torch.tensor([self._batches.get(client, 0) for client in self.clients]),
@@ -340,6 +357,7 @@ class Desk:
         """Go on where `state` was taken, with nothing held: the messages that were come again."""
         self._round = int(state["round"])
         self._trained = dict(zip(self.clients, state["trained"].tolist(), strict=True))
+        self._done = dict(zip(self.clients, state["done"].tolist(), strict=True))
         self._batches = {c: n for c, n in zip(self.clients, state["batches"].tolist(), strict=True) if n}
         self._gone = {client for client, gone in zip(self.clients, state["gone"].tolist(), strict=True) if gone}
         for index, server in enumerate(self._different()):

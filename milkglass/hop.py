@@ -22,11 +22,12 @@ class Hop:
     """Answers a client's messages with the help of the next party; the other side of a `Server`.
 
     server: holds the stage, with loss None: a hop is a server that is sent the gradient of what it made. onward: to the
-    next party.
+    next party. classes: labels are below it; None for any.
     """
 
-    def __init__(self, server: Server, onward: Transport) -> None:
+    def __init__(self, server: Server, onward: Transport, classes: int | None = None) -> None:
         self.server = server
+        self._classes = classes
         self.onward = onward
 
     @property
@@ -42,6 +43,7 @@ class Hop:
         if message.kind != "activations":
             raise MessageError(f"a hop does not answer {message.kind!r}")
         labels = {name: tensor for name, tensor in message.tensors.items() if name != "activations"}
+        self._check_labels(message)
         own = Message("activations", message.party, message.step, {"activations": message.tensors["activations"]})
         made = self.server.reply(self._piece(own, message)).tensors["features"]
         answer = self._ask(message, {"activations": made, **labels}, "gradients")
@@ -52,6 +54,17 @@ class Hop:
             raise self._fault(answer.party, error) from None
         told = {name: tensor for name, tensor in answer.tensors.items() if name != "gradient"}
         return self._piece(Message("gradients", self.name, message.step, {**back.tensors, **told}), message)
+
+    def _check_labels(self, message: Message) -> None:
+        """Refuse the client's fault here: the next party would lay it to this one."""
+        rows, y_B = len(message.tensors["activations"]), message.tensors.get("labels")
+        if y_B is None or y_B.shape != (rows,) or y_B.dtype != torch.int64:
+            raise MessageError(f"'activations' of {message.party}: expected an int64 label for each of {rows} records")
+        if self._classes is not None and (y_B.min() < 0 or y_B.max() >= self._classes):
+            raise MessageError(
+                f"'activations' of {message.party}: labels from {y_B.min()} to {y_B.max()}; expected 0 to "
+                f"{self._classes - 1}"
+            )
 
     def _ask(self, message: Message, tensors: dict[str, torch.Tensor], kind: str) -> Message:
         question = self._piece(Message(message.kind, self.name, message.step, tensors), message)

@@ -5,7 +5,8 @@ Each hashes its ids under it (HMAC-SHA256) and sorts its records by the hash; th
 
 The server learns how many records each owner has, and which hashes are equal within one run: whose records are the
 same ones, and which of its messages tell of the same record. It does not learn an id, and cannot ask whether a record
-of a known id takes part. Hashes of two runs have nothing in common for it, though the records may be the same.
+of a known id takes part. Hashes made for two values of `run` have nothing in common for it, though the records may be
+the same; those made for one value under one key are equal.
 
 This holds as long as the key is secret. Ids are easy to list (numbers, names, dates of birth), so who has the key can
 hash them all: an owner that sees another's hashes learns which records the other has. Where all owners have the same

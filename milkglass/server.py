@@ -171,6 +171,7 @@ class Server(Party):
             )
         self._begin_piece()
         (loss / message.pieces if message.pieces > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        self._check_gradient(message, z)
         self._end_piece(message)
         right = (out.detach().argmax(dim=1) == y_B).sum()
         tensors = {"gradient": cast(Tensor, z.grad), "loss": loss.detach(), "right": right}
@@ -205,6 +206,7 @@ class Server(Party):
             )
         del self._open[message.piece]
         features.backward(gradient)  # type: ignore[no-untyped-call]
+        self._check_gradient(message, z)
         self._end_piece(message)
         tensors = {"gradient": cast(Tensor, z.grad)}
         return Message("gradients", self.name, message.step, tensors, message.piece, message.pieces)
@@ -240,6 +242,13 @@ class Server(Party):
                 f"expected piece {self._begun}" + (f" of {pieces}, of step {step}" if self._begun else "")
             )
         self._under_way = found
+
+    def _check_gradient(self, message: Message, z: Tensor) -> None:
+        """Before the step: what the client would refuse must not have taught this stage."""
+        if not finite(cast(Tensor, z.grad)):
+            raise MilkglassError(
+                f"step {message.step}: the gradient is not finite; training has diverged: lower the learning rate"
+            )
 
     def _begin_piece(self) -> None:
         """The first piece of a step clears the gradients."""

@@ -128,7 +128,7 @@ class _Part:
     def forward(self, z: Tensor, command: _Command) -> Tensor:
         """The pass of own rows; in training kept for the backward pass. What it returns has no graph."""
         training = command.pieces > 0
-        if command.number == 0:
+        if training and command.number == 0:
             self._open.clear()  # of a piece that was refused after its pass
         z = z.to(self.links.device).requires_grad_(training)
         if training and self._meeting is None and self.server.optimizer is not None:

@@ -351,3 +351,18 @@ def test_what_is_asked_for_early_is_handed_when_it_is_there() -> None:
     assert [(to, answer.kind) for to, answer in answers] == [("ann", "receipt"), ("ben", "handed")]
     assert [tensor.tolist() for tensor in answers[1][1].tensors.values()] == [SEALED.tolist()]
     assert desk.held() == []
+
+
+def test_a_query_in_the_middle_of_ones_own_step_is_refused() -> None:
+    stage = nn.Linear(3, 2)
+    desk = Desk({"a": Server(stage, None)}, public=public_source(0))
+    z = torch.ones(4, 3)
+    first = Message("activations", "a", 0, {"activations": z, "labels": torch.zeros(4, dtype=torch.int64)}, 0, 2)
+    desk.receive(first)
+    assert not desk.resting
+    with pytest.raises(MessageError, match="a training step of its is half done"):
+        desk.receive(Message("queries", "a", 0, {"activations": z}))
+
+
+def test_a_server_of_one_client_waits_for_nobody_else() -> None:
+    assert Desk({"a": Server(nn.Linear(3, 2), None)}, public=public_source(0)).awaited() == []

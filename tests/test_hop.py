@@ -98,3 +98,11 @@ def test_a_hop_answers_batches_and_queries_alone() -> None:
     hop = Hop(Server(torch.nn.Linear(3, 4), None, loss=None, name="b"), LocalTransport(_Saying(None, {})))
     with pytest.raises(MessageError, match="a hop does not answer 'returns'"):
         hop.reply(Message("returns", "a", 0))
+
+
+@pytest.mark.parametrize("y_B", [torch.tensor([0, 9]), torch.tensor([0, -1]), torch.tensor([0]), torch.zeros(2)])
+def test_labels_that_cannot_be_are_refused_before_anything_goes_on(y_B: torch.Tensor) -> None:
+    hop = Hop(Server(torch.nn.Linear(3, 4), None, loss=None, name="b"), LocalTransport(_Saying(None, {})), classes=3)
+    with pytest.raises(MessageError, match=r"'activations' of a: .*label"):
+        hop.reply(Message("activations", "a", 0, {"activations": torch.ones(2, 3), "labels": y_B}))
+    assert hop.server.resting

@@ -164,3 +164,30 @@ def test_a_snapshot_answers_as_now_and_never_learns() -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in copied.weights().items())
     with pytest.raises(MessageError, match="shape agreed on"):
         server.snapshot().reply(Message("queries", "ben", 1, {"activations": Z[:, :2]}))
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step() -> None:
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+            return grads[0] * torch.inf
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(Spoiled.apply(x))  # type: ignore[no-untyped-call, no-any-return]
+
+    stage = Stage()
+    before = [p.detach().clone() for p in stage.parameters()]
+    server = Server(stage, torch.optim.SGD(stage.parameters(), lr=0.1))
+    tensors = {"activations": torch.ones(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(MilkglassError, match="the gradient is not finite"):
+        server.reply(Message("activations", "a", 0, tensors))
+    assert all(torch.equal(p, old) for p, old in zip(stage.parameters(), before, strict=True))

@@ -92,6 +92,8 @@ def join(
             if folder.finished and not (folder.path / "journal").exists():
                 return folder.read_json("summary.json")
             private = private_source(folder, key)
+            if private.derive("check").read(16) == shared.derive("check").read(16):
+                raise RecipeError("--key and --shared-key hold the same bytes; a private key is one client's alone")
             joining = Joining(recipe, folder, name, address, credentials, private, shared, material, log)
             try:
                 joining.train(progress or Silence())

@@ -7,15 +7,16 @@ lets them go on in turn (`play_together`); between machines each goes on by itse
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor
 
 from milkglass.client import Client, StepResult
 from milkglass.errors import MessageError, MilkglassError
+from milkglass.guards import finite
 from milkglass.handover import average, seal, unseal
 from milkglass.randomness import Source, public_source
 from milkglass.recipe import Recipe
@@ -196,11 +197,36 @@ def _taking(seat: Seat, epoch: int, of: Sequence[int]) -> Generator[None, None, 
         raise MessageError(f"expected the weights of {', '.join(names)}; the server sent {len(answer.tensors)} of them")
     key = sealing_key(seat)
     opened = [unseal(sealed, key, name, epoch) for name, sealed in zip(names, answer.tensors.values(), strict=True)]
-    try:
-        counts = [float(weights.pop("records")) for weights in opened]
-        # what only the optimizer remembers stays with its own client, but in a relay
-        taken = opened[0] if len(opened) == 1 else average(opened, counts)
-        seat.client.load_weights(taken, with_optimizer=len(opened) == 1)
-    except (KeyError, RuntimeError, ValueError) as error:
-        words = (str(error) or "nothing").splitlines()[0]
-        raise MessageError(f"weights of {', '.join(names)} do not fit this client's stage: {words}") from None
+    for name, weights in zip(names, opened, strict=True):
+        _check_handed(seat, name, weights)
+    counts = [float(weights.pop("records")) for weights in opened]
+    # what only the optimizer remembers stays with its own client, but in a relay
+    taken = opened[0] if len(opened) == 1 else average(opened, counts)
+    seat.client.load_weights(taken, with_optimizer=len(opened) == 1)
+
+
+def _check_handed(seat: Seat, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise MessageError, which names the client that left them, for weights that do not fit this client's."""
+    own = seat.client.weights()
+    records = weights.get("records", torch.zeros(0))
+    learned = {key: (t.shape, t.dtype) for key, t in weights.items() if key.partition(".")[0] in ("stage", "head")}
+    remembered = {key: t for key, t in weights.items() if key.startswith("optimizer.")}
+    parameters = [t.shape for group in _groups(seat.client) for t in group["params"]]
+    fits = (
+        learned == {key: (t.shape, t.dtype) for key, t in own.items()}
+        and len(learned) + len(remembered) + 1 == len(weights)
+        and records.numel() == 1
+        and 0 < float(records) < 2**40
+    )
+    for key, tensor in remembered.items():
+        index = key.split(".")[1]
+        known = index.isdecimal() and int(index) < len(parameters)
+        fits = fits and known and (tensor.dim() == 0 or tensor.shape == parameters[int(index)])
+    if not fits:
+        raise MessageError(f"what {name} has left does not fit this client's stage, or says no number of records")
+    if not all(finite(tensor) for tensor in weights.values() if tensor.is_floating_point()):
+        raise MessageError(f"the weights that {name} has left are not finite (NaN or infinity)")
+
+
+def _groups(client: Client) -> list[dict[str, Any]]:
+    return [] if client.optimizer is None else client.optimizer.param_groups

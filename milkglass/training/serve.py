@@ -20,7 +20,7 @@ from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, n
 from milkglass.formats import EMBEDDED
 from milkglass.memory import keep_freed_memory
 from milkglass.messages import Message
-from milkglass.randomness import Source
+from milkglass.randomness import Source, public_source
 from milkglass.recipe import Recipe
 from milkglass.runs import Checkpoint, RunFolder
 from milkglass.server import Server
@@ -42,7 +42,9 @@ NO_RECORDS: Final = "a server holds no records"
 JOURNAL_BYTES: Final = 256 << 20
 """A party keeps its state anew before its journal takes more than this."""
 _GRACE_SECONDS: Final = 2.0
+_ANSWERS: Final = "~answers"  # no party's name
 FAREWELL_SECONDS: Final = 10.0
+MOST_FRAME_BYTES: Final = 2**31 - 2**20  # gRPC's own limit, less what it adds
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def crossing(recipe: Recipe, form: Form, name: str) -> Crossing:
 
 def agreement(recipe: Recipe, form: Form, name: str) -> Agreement:
     """What the handshake of that client compares."""
-    return Agreement(recipe.agreed(), form.shapes.cut[name])
+    return Agreement(recipe.agreed(), form.shapes.cut[name], form.classes, form.shapes.features)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Serving:
         if self.taker.count == self._kept_at or (self.onward is not None and not self.onward.sender.caught_up):
             return
         tensors, told = self.taker.state()
-        parties = {self.name: self.desk.state(), "answers": tensors}
+        parties = {self.name: self.desk.state(), _ANSWERS: tensors}
         progress: dict[str, Any] = {"lines": told}
         if self.onward is not None:
             progress["onward"] = self.onward.sender.number
@@ -210,7 +212,7 @@ class Serving:
     def _restore(self, checkpoint: Checkpoint) -> None:
         try:
             self.desk.load_state(checkpoint.parties[self.name])
-            self.taker.load_state(checkpoint.parties["answers"], checkpoint.progress["lines"])
+            self.taker.load_state(checkpoint.parties[_ANSWERS], checkpoint.progress["lines"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             words = str(error).splitlines()[0]
             raise RunError(
@@ -339,11 +341,19 @@ def _dial_on(
 
 
 def _sealed_bytes(recipe: Recipe, form: Form) -> int:
-    """At most so long are a client's sealed weights: with two values of the optimizer beside each, and names."""
-    from milkglass.randomness import public_source
+    """At most so long are a client's sealed weights, with names; in a relay with two values of the optimizer each.
 
+    Raises RecipeError where they do not fit in a frame.
+    """
     parts = network_parts(recipe, form.record_shape, form.classes, public_source(recipe.seed))
     modules = [parts.bottom] if parts.head is None else [parts.bottom, parts.head]
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     weights_bytes: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return 3 * weights_bytes + 1024 * (3 * len(tensors) + 16)
+    copies, handed = (3, 1) if recipe.parties.mode == "relay" else (1, len(recipe.parties.clients))
+    most = copies * weights_bytes + 1024 * (3 * len(tensors) + 16)
+    if handed * most > MOST_FRAME_BYTES:
+        raise RecipeError(
+            f"mode {recipe.parties.mode}: weights of {handed} clients come to {handed * most:,} bytes in one message; "
+            f"at most {MOST_FRAME_BYTES:,}: cut earlier, or let fewer clients take part"
+        )
+    return most

@@ -197,7 +197,7 @@ def make_hop(
     before = previous_party(recipe, name)
     stage = network_parts(recipe, shape, classes, public_source(recipe.seed)).hops[parties.hops.index(name)]
     server = Server(stage, optimizer(recipe, stage), loss=None, cut_shape=shapes.cut[before], name=name, source=private)
-    return Desk({before: server}, public=public_source(recipe.seed), hop=Hop(server, onward))
+    return Desk({before: server}, public=public_source(recipe.seed), hop=Hop(server, onward, classes))
 
 
 def previous_party(recipe: Recipe, name: str) -> str:

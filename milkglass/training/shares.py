@@ -54,6 +54,8 @@ def deal_and_hash(
         if raw is None:
             parts.append(None)
             continue
+        if own is not None and raw.ids is None:
+            raise RecipeError("data.ids is missing: owners with files of their own match records by ids, not by rows")
         hashed = hash_ids(np.arange(len(raw)) if raw.ids is None else raw.ids, key, run + what)
         order = sorted_by_hash(hashed)
         parts.append(raw.in_order(order))

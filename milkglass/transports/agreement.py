@@ -26,6 +26,7 @@ GREETING_BYTES: Final = 1 << 20
 MOST_HASHED: Final = 1 << 20
 """So many records may vertical owners match."""
 _FLOAT: Final = frozenset({torch.float32})
+_MOST_WORDS: Final = 1000
 _INT: Final = frozenset({torch.int64})
 _BYTES: Final = frozenset({torch.uint8})
 GREETINGS: Final = Limits(
@@ -45,6 +46,8 @@ class Agreement:
 
     recipe: Mapping[str, Any]
     cut_shape: tuple[int, ...]
+    classes: int = 0
+    features: tuple[int, ...] = ()
     version: str = metadata.version("milkglass")
     frame_version: int = VERSION
 
@@ -53,6 +56,8 @@ class Agreement:
         content = {
             "recipe": dict(self.recipe),
             "cut_shape": list(self.cut_shape),
+            "classes": self.classes,
+            "features": list(self.features),
             "version": self.version,
             "frame_version": self.frame_version,
         }
@@ -60,7 +65,7 @@ class Agreement:
 
     def difference(self, told: Mapping[str, Any]) -> str | None:
         """The first thing in which another party's words differ, with both values; None where they agree."""
-        for what in ("version", "frame_version", "cut_shape"):
+        for what in ("version", "frame_version", "cut_shape", "features", "classes"):
             ours, theirs = getattr(self, what), told.get(what)
             ours = list(ours) if isinstance(ours, tuple) else ours
             if ours != theirs:
@@ -139,7 +144,8 @@ class Crossing:
 
 def refused(reason: str) -> LinkError:
     """What a client raises when the server does not let it in."""
-    return LinkError(f"the server refuses this client: {reason}")
+    words = "".join(letter if letter.isprintable() else "?" for letter in reason[:_MOST_WORDS])
+    return LinkError(f"the server refuses this client: {words}")
 
 
 def _first_difference(ours: Any, theirs: Any, where: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from milkglass.compression.base import Compressor
-from milkglass.errors import MessageError
+from milkglass.errors import MessageError, MilkglassError
 from milkglass.messages import Addressed, Message, Service
 from milkglass.transcript import Crossing, Transcript
 from milkglass.transports.base import Transport
@@ -130,4 +130,7 @@ class PackingService:
         if message.party not in self._packings:
             raise MessageError(f"{message.party!r} takes no part; those who do: {', '.join(self._packings)}")
         answers = self._inner.receive(self._packings[message.party].unpack(message))
-        return [(party, self._packings[party].pack(answer)) for party, answer in answers]
+        try:
+            return [(party, self._packings[party].pack(answer)) for party, answer in answers]
+        except MessageError as error:  # what it answers has had its effect: it is too late to refuse the question
+            raise MilkglassError(f"an answer cannot be compressed: {error}") from None
