@@ -126,7 +126,9 @@ def test_a_client_that_is_interrupted_while_it_reads_hangs_up_in_silence(
         transport.close()
         timer.join()
         gc.collect()  # asyncio complains of a forgotten task when it is collected
-        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        # gRPC's own poller tells every loop there ever was in this process of its events, closed ones too
+        told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert [words for words in told if "PollerCompletionQueue" not in words] == []
         assert len(server.said("connected")) == 1  # it did not dial again
 
 
