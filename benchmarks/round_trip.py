@@ -65,7 +65,6 @@ def measure(size_kib: int, blocks: int) -> dict[str, Any]:
             client.told()
             contenders[way] = [client, server]
         ours = contenders["ours"][0]
-        ours.work(echo.JOURNAL_BYTES // (1024 * size_kib))  # until both ends' journals have begun anew once
         count = max(20, math.ceil(_BLOCK_SECONDS * 20 / ours.work(20)))
         before = ours.reported
         found = alternate(contenders, blocks, count)

@@ -95,7 +95,7 @@ def message_time(where: Place, size_kib: int, rate: float, delay_seconds: float)
     server = Worker(echo.serve_ours, where, size_kib)
     client = None
     try:
-        client = Worker(echo.ask_ours, where, size_kib, server.told())
+        client = Worker(echo.ask_ours, where, size_kib, server.told(), echo.WARM_UP)
         client.told()
         seconds = statistics.median(client.work(1) for _ in range(_MESSAGES))
     finally:
