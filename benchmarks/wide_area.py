@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     records = "data sets" if arguments.data else "random records"
     print(f"{command_line()}\n{machine_line()}; {records}, {arguments.congestion}\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
     reason = _why_not()
     if reason is not None:
         print(f"skipped: {reason}")

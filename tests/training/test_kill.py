@@ -134,7 +134,7 @@ def test_a_server_that_is_told_to_end_keeps_its_state(
 ) -> None:
     with Network(tmp_path / "network", one_client[0], certificates) as network:
         server, client = network.start("server"), network.start("client")
-        for frames in (100, 300):
+        for frames in (20, 80):
             while _steps(network, "server") < frames:
                 time.sleep(0.01)
             server.stop()
