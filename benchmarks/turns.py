@@ -99,14 +99,21 @@ class Block:
     cpu_seconds: float
 
 
-def alternate(contenders: Mapping[str, Sequence[Worker]], blocks: int, count: int) -> dict[str, list[Block]]:
-    """Let each contender's first worker work `count` times, then the next one's, and so on, for so many blocks."""
+def alternate(
+    contenders: Mapping[str, Sequence[Worker]], blocks: int, count: int, *, untimed: int = 0
+) -> dict[str, list[Block]]:
+    """Let each contender's first worker work `count` times, then the next one's, and so on, for so many blocks.
+
+    untimed: so many times more before each block, for what has forgotten its pace meanwhile, as TCP has.
+    """
     found: dict[str, list[Block]] = {name: [] for name in contenders}
     names = list(contenders)
     for block in range(blocks):
         shift = block % len(names)  # nobody is always behind the same one
         for name in names[shift:] + names[:shift]:
             workers = contenders[name]
+            if untimed:
+                workers[0].work(untimed)
             before = sum(worker.cpu_seconds for worker in workers)
             seconds = workers[0].work(count)
             cpu_seconds = sum(worker.cpu_seconds for worker in workers) - before

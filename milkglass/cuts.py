@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from milkglass.errors import CutError, nearest
+from milkglass.errors import CutError, first_line, nearest
 from milkglass.tracing import TUPLES, in_mode, last_layer, legal_names, not_a_tensor, overwritten, split, trace
 
 BYTES_PER_FLOAT: Final = 4
@@ -226,7 +226,7 @@ def _working_cuts(model: nn.Module, example_x: Tensor) -> Iterator[tuple[str, nn
                 version = z_B._version
                 top(z_B)
         except Exception as error:  # anything at all can go wrong in a user's network
-            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            words = first_line(error)
             shape = tuple(example_x.shape)
             raise CutError(f"cut after {name!r}, the network fails on records of shape {shape}: {words}") from error
         if len(z_B) == len(example_x) and z_B._version == version:  # one row per record, and nobody writes into it

@@ -76,6 +76,11 @@ class MissingExtraError(MilkglassError):
         super().__init__(f"{what} needs an optional part of milkglass: pip install 'milkglass[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message that lists the `known` names, the nearest one to `name` first in its own words."""
     known = list(known)

@@ -16,7 +16,7 @@ from typing import Any, Final, final
 
 import numpy as np
 
-from milkglass.errors import DataError, MissingExtraError, nearest
+from milkglass.errors import DataError, MissingExtraError, first_line, nearest
 from milkglass.records import (
     UNLABELED,
     Array,
@@ -172,7 +172,7 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
             raise DataError(
                 f"{path}: holds pickled Python objects, which are never loaded; expected plain arrays"
             ) from error
-        raise DataError(f"{path}: cannot be read, truncated or not an .npz file ({_first_line(error)})") from error
+        raise DataError(f"{path}: cannot be read, truncated or not an .npz file ({first_line(error)})") from error
 
 
 def _from_parquet_folder(folder: Path, files: Sequence[Path], split: str, asked: _Asked) -> RawRecords:
@@ -196,7 +196,7 @@ def _from_parquet(files: Sequence[Path], where: str, asked: _Asked) -> RawRecord
         dataset = datasets.Dataset(pyarrow.concat_tables(tables))
         return _from_dataset(dataset, where, asked, may_name_files=False)
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"{where}: cannot be read, truncated or not parquet ({_first_line(error)})") from error
+        raise DataError(f"{where}: cannot be read, truncated or not parquet ({first_line(error)})") from error
 
 
 def _from_hub(hub: str, split: str, asked: _Asked) -> RawRecords:
@@ -205,7 +205,7 @@ def _from_hub(hub: str, split: str, asked: _Asked) -> RawRecords:
     try:
         return _from_dataset(datasets.load_dataset(hub, split=split), where, asked, may_name_files=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{where}: cannot be loaded ({_first_line(error)})") from error
+        raise DataError(f"{where}: cannot be loaded ({first_line(error)})") from error
 
 
 def _from_dataset(dataset: Any, where: str, asked: _Asked, *, may_name_files: bool) -> RawRecords:
@@ -369,7 +369,7 @@ def _decode(picture: bytes | str, called: str, shape: tuple[int, ...] | None) ->
 
 
 def _unreadable(called: str, error: BaseException) -> str:
-    return f"{called}: cannot be read as a PNG or JPEG ({_first_line(error)})"
+    return f"{called}: cannot be read as a PNG or JPEG ({first_line(error)})"
 
 
 def _odd_size(called: str, size: Sequence[int], first: Sequence[int]) -> str:
@@ -386,10 +386,6 @@ def _missing(path: Path) -> str:
 def _holds_bytes(feature: Any) -> bool:
     """A struct with the bytes of a picture, as the Hugging Face hub stores it, also where the file does not say so."""
     return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _datasets(where: str) -> Any:

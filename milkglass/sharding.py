@@ -37,7 +37,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from milkglass.errors import MilkglassError, RunError
+from milkglass.errors import MilkglassError, RunError, first_line
 from milkglass.randomness import KEY_BYTES, Source, drawing_from
 from milkglass.server import Server
 
@@ -267,7 +267,7 @@ class Crew:
                 yield cast(_Part, self._part)
                 return
             except (RuntimeError, ValueError) as error:
-                self._broken = _first_line(error)
+                self._broken = first_line(error)
         raise MilkglassError(
             f"the {self.ranks} processes that share the server's stage no longer work together ({self._broken}); "
             "nothing is lost: start torchrun again with --resume, and the clients go on"
@@ -311,7 +311,7 @@ def follow(links: Links, make_server: Callable[[int], Server], *, check: int = 0
     except RuntimeError as error:
         raise MilkglassError(
             f"rank {links.rank}: the processes that share the server's stage no longer work together "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
@@ -347,7 +347,3 @@ def _gathered(links: Links, own: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(links.ranks)] if links.rank == 0 else None
     dist.gather(own, parts, 0, links.shards)
     return own if parts is None else torch.cat(parts)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

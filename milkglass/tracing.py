@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor, fx, nn
 
-from milkglass.errors import CutError, nearest
+from milkglass.errors import CutError, first_line, nearest
 
 WAY_OUT: Final = "write it as an nn.Sequential of named layers, or pass your own two stages"
 TUPLES: Final = (nn.RNNBase, nn.MultiheadAttention)
@@ -106,7 +106,7 @@ def _trace_in_mode(model: nn.Module, training: bool) -> tuple[fx.Graph, set[str]
         try:
             graph = tracer.trace(_OneInput(model))
         except Exception as error:  # the model's own code runs on stand-ins here: anything can go wrong
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CutError(f"{what}: {reason}; {WAY_OUT}") from error
     for node in graph.nodes:
         if node.op == "get_attr" and not str(node.target).startswith(_PREFIX):

@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import numpy as np
 
 from milkglass.data import Columns, Deal, RawRecords, load, with_labels_of
-from milkglass.errors import DataError, RunError
+from milkglass.errors import DataError, RunError, first_line
 from milkglass.records import UNLABELED, Array, RawTable, raw_pictures, raw_table
 from milkglass.runs import RunFolder
 
@@ -101,7 +101,7 @@ def _from_npy(path: Path, form: RecordForm) -> RawRecords:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read, or no .npy file of plain numbers ({_first_line(error)})") from None
+        raise DataError(f"{path}: cannot be read, or no .npy file of plain numbers ({first_line(error)})") from None
     if not isinstance(array, np.ndarray) or array.ndim < 2 or len(array) == 0:
         raise DataError(f"{path}: expected an array of records, (records, ...)")
     unlabeled = np.full(len(array), UNLABELED, np.int64)
@@ -142,7 +142,3 @@ def _fitted(raw: RawRecords, form: RecordForm) -> RawRecords:
             f"{record}; the run's data had 0 to {columns.categories[column] - 1}"
         )
     return raw.fitted(columns.mean, columns.scale, columns.categories)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

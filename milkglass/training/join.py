@@ -15,7 +15,7 @@ from typing import Any, final
 
 from milkglass.certificates import Credentials
 from milkglass.client import StepResult
-from milkglass.errors import EgressError, HijackError, LinkError, RecipeError, RunError, nearest
+from milkglass.errors import EgressError, HijackError, LinkError, RecipeError, RunError, first_line, nearest
 from milkglass.memory import keep_freed_memory
 from milkglass.parties import run_to_end
 from milkglass.randomness import KEY_BYTES, Source, read_key
@@ -255,7 +255,6 @@ class Joining:
                 self.transport.traffic.flows[(direction, kind)] = Flow(messages, wire_bytes)
             self.lines = list(checkpoint.progress["metrics"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            words = str(error).splitlines()[0]
             raise RunError(
-                f"{self.folder.path}: its checkpoint is damaged ({words}); expected an untouched one"
+                f"{self.folder.path}: its checkpoint is damaged ({first_line(error)}); expected an untouched one"
             ) from None

@@ -74,7 +74,4 @@ def drawn_run(folder: RunFolder) -> int:
     """The number of this run, drawn once: two runs of one recipe differ in it."""
     if not (folder.path / "run.json").exists():
         folder.write_json("run.json", {"run": secrets.randbits(63) + 1})
-    number = folder.read_json("run.json").get("run")
-    if not isinstance(number, int):
-        raise RunError(f"{folder.path / 'run.json'}: damaged; expected a number")
-    return number
+    return known_run(folder, "run.json")

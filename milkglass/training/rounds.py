@@ -183,7 +183,7 @@ def _handing_over(seat: Seat, epoch: int) -> Generator[None, None, None]:
 
 
 def sealing_key(seat: Seat) -> Source:
-    """Another one for every recipe: what was sealed in another run opens in none of its own."""
+    """Another one for every recipe: what was sealed under one cannot be handed out under another."""
     return seat.shared.derive("sealing", seat.recipe.digest())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from milkglass.certificates import Credentials
-from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, nearest
+from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, first_line, nearest
 from milkglass.formats import EMBEDDED
 from milkglass.memory import keep_freed_memory
 from milkglass.messages import Message
@@ -214,9 +214,8 @@ class Serving:
             self.desk.load_state(checkpoint.parties[self.name])
             self.taker.load_state(checkpoint.parties[_ANSWERS], checkpoint.progress["lines"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            words = str(error).splitlines()[0]
             raise RunError(
-                f"{self.folder.path}: its checkpoint is damaged ({words}); expected an untouched one"
+                f"{self.folder.path}: its checkpoint is damaged ({first_line(error)}); expected an untouched one"
             ) from None
 
 

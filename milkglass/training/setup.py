@@ -21,7 +21,7 @@ from milkglass.defenses.base import Defense
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
 from milkglass.desk import Desk
-from milkglass.errors import CutError, DataError, RecipeError
+from milkglass.errors import CutError, DataError, RecipeError, first_line
 from milkglass.guards import LeakageGuard, ReleaseLedger
 from milkglass.hijack import HijackGuard
 from milkglass.hop import Hop
@@ -235,7 +235,7 @@ def _output(stage: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
         try:
             return tuple(stage(torch.zeros(1, *shape)).shape[1:])
         except RuntimeError as error:
-            words = (str(error).strip() or "it fails").splitlines()[0]
+            words = first_line(error)
             raise CutError(f"the network's stage fails on a record of shape {tuple(shape)}: {words}") from None
 
 

@@ -20,7 +20,7 @@ from milkglass.compression.base import Identity
 from milkglass.cuts import Caution
 from milkglass.data import Deal
 from milkglass.desk import Desk
-from milkglass.errors import EgressError, HijackError, RunError
+from milkglass.errors import EgressError, HijackError, RunError, first_line
 from milkglass.messages import Responder
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
@@ -363,9 +363,8 @@ def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             desk.load_state(checkpoint.parties[name])
         lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        words = str(error).splitlines()[0]
         raise RunError(
-            f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({words}); "
+            f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({first_line(error)}); "
             "remove the checkpoint folder to begin anew"
         ) from None
     return lines

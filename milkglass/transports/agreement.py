@@ -65,7 +65,7 @@ class Agreement:
 
     def difference(self, told: Mapping[str, Any]) -> str | None:
         """The first thing in which another party's words differ, with both values; None where they agree."""
-        for what in ("version", "frame_version", "cut_shape", "features", "classes"):
+        for what in ("version", "frame_version", "cut_shape", "classes", "features"):
             ours, theirs = getattr(self, what), told.get(what)
             ours = list(ours) if isinstance(ours, tuple) else ours
             if ours != theirs:

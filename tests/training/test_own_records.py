@@ -223,6 +223,14 @@ def test_between_machines_every_owner_is_told_how_many_have_no_match(tmp_path: P
             assert "\n" not in line
 
 
+def test_rows_of_two_files_are_never_taken_for_the_same_patient_by_their_number(tmp_path: Path) -> None:
+    server, recipes = _owners(tmp_path)
+    ann = recipes["ann"]
+    without = ann.model_copy(update={"data": ann.data.model_copy(update={"ids": None})})
+    with pytest.raises(RecipeError, match=r"data\.ids is missing"):
+        deal_and_hash(without, own="ann", shared=shared_rehearsal_key(server))
+
+
 def test_a_later_owner_without_labels_must_be_told_the_classes(tmp_path: Path) -> None:
     _, recipes = _owners(tmp_path)
     data = recipes["ben"].data.model_copy(update={"classes": None})
