@@ -123,9 +123,11 @@ class ServerThread:
         window: int = 2,
         limits: Limits = TO_SERVER,
         clients: Sequence[str] = CLIENTS,
+        grace_seconds: float = 0.5,
         **options: Any,
     ) -> None:
         self.watch, self.lines = Counting(), list[dict[str, Any]]()
+        self._grace_seconds = grace_seconds
         self.failure: BaseException | None = None
         self._credentials, self._folder, self._service = credentials, folder, service
         self._run, self._window, self._limits, self._clients = run, window, limits, clients
@@ -191,7 +193,7 @@ class ServerThread:
             self._ready.set()
             await server.run_until(self._over)
         finally:
-            await server.stop(0.5)
+            await server.stop(self._grace_seconds, unfinished=True)
             self.taker.close()
 
 

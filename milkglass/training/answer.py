@@ -153,7 +153,7 @@ async def answering(
     try:
         await server.run_until(over)
     finally:
-        await server.stop(_GRACE_SECONDS)
+        await server.stop(_GRACE_SECONDS, unfinished=True)
     total = {key: sum(count[key] for count in service.counts.values()) for key in ("messages", "records")}
     summary = {"party": recipe.parties.server, **total, "clients": service.counts, "run": f"{run:016x}"}
     folder.write_json("answered.json", summary)

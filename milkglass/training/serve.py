@@ -297,6 +297,8 @@ async def _serve(
         nonlocal stopped
         stopped = True
         over.set()
+        if serving.onward is not None:  # the next party may be away, and patience with it is long
+            loop.call_later(_GRACE_SECONDS, serving.onward.interrupt)
 
     loop = asyncio.get_running_loop()
     with suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs it there stops it otherwise
@@ -309,7 +311,7 @@ async def _serve(
     try:
         await server.run_until(over)
     finally:
-        await server.stop(_GRACE_SECONDS)
+        await server.stop(_GRACE_SECONDS, unfinished=not serving.desk.finished)
     if stopped and not serving.desk.finished:
         if serving.desk.resting:
             serving.keep()

@@ -70,6 +70,19 @@ def most_connections() -> int:
     return max(limit - _OWN_FILES, limit // 2) // 2
 
 
+def options(streams: int, handshake_seconds: float) -> list[tuple[str, Any]]:
+    """A gRPC server's own: how many streams a connection may have, how many connections, and how long each may take."""
+    return [
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.max_allowed_incoming_connections", most_connections()),
+        ("grpc.server_handshake_timeout_ms", int(handshake_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
 def check_plain(address: str) -> None:
     """Raise LinkError unless HOST:PORT is on loopback: nowhere else may anything travel in plain text."""
     if address.rpartition(":")[0] not in _LOOPBACK:
@@ -133,6 +146,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Every change of it."""
         self._door.speaks(context.peer())
         await self._inner.Watch(request, context)
+
+
+@final
+class OneMethod(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """All that a client may call: a stream of bytes either way, as they are."""
+
+    def __init__(self, method: str, talk: Callable[[object, Any], Any]) -> None:
+        self._method = method
+        self._handler = grpc.stream_stream_rpc_method_handler(talk)
+
+    def service(self, details: Any) -> Any:
+        """The method of that name, or None."""
+        return self._handler if details.method == self._method else None
 
 
 @final

@@ -174,6 +174,10 @@ class GrpcTransport(Transport):
         self._own_loop.close()
         self.sender.close()
 
+    def interrupt(self) -> None:
+        """From another thread: what waits for the server now ends, with InterruptedError."""
+        self._own_loop.interrupt()
+
     # In the loop.
 
     async def _awaited_answer(self) -> tuple[Message, int]:

@@ -87,6 +87,7 @@ class GrpcServer:
         self._in_hand: Counter[str] = Counter()
         self._greeting: Counter[str] = Counter()  # streams of each that have not been let in yet
         self._failed: asyncio.Future[None] | None = None
+        self._stopped = False
         self._server: grpc.aio.Server | None = None
         self._health = Health(self._door)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,18 +97,12 @@ class GrpcServer:
         """Listen at HOST:PORT (port 0: a free one); returns the port. Raises LinkError where that is not possible."""
         options = [
             *channel_options(self._frame_bytes, self._heartbeat),
-            ("grpc.max_concurrent_streams", _STREAMS),
-            ("grpc.max_allowed_incoming_connections", door.most_connections()),
-            ("grpc.server_handshake_timeout_ms", int(self._handshake_seconds * 1000)),
-            ("grpc.max_connection_idle_ms", int(door.IDLE_SECONDS * 1000)),
-            ("grpc.http2.min_ping_interval_without_data_ms", 500),
-            ("grpc.http2.max_ping_strikes", 0),
-            ("grpc.so_reuseport", 0),
+            *door.options(_STREAMS, self._handshake_seconds),
         ]
         self._failed = asyncio.get_running_loop().create_future()
         self._plain = credentials is None
         self._server = grpc.aio.server(options=options)
-        self._server.add_generic_rpc_handlers((_Handler(self._talk),))
+        self._server.add_generic_rpc_handlers((door.OneMethod(METHOD, self._talk),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             if credentials is None:
@@ -137,16 +132,24 @@ class GrpcServer:
                 await asyncio.sleep(_LAST_WORDS_SECONDS)  # whoever was away, or writing, comes back and hears why
             self._failed.result()
 
-    async def stop(self, grace_seconds: float) -> None:
-        """Let nobody in any more, and end what is under way after so many seconds at most."""
+    async def stop(self, grace_seconds: float, *, unfinished: bool = False) -> None:
+        """Let nobody in any more, and end what is under way after so many seconds at most.
+
+        unfinished: nothing more is taken either, and the clients are told to come back.
+        """
         if self._server is None:
             return
+        self._stopped = unfinished
+        for connection in self._connections.values() if unfinished else ():
+            self._spawn(door.give_up(connection.context, None))
         await self._health.end()
         await self._server.stop(grace_seconds)
         for task in self._tasks:
             task.cancel()
         async with self._turn:  # what is being computed is finished and kept
-            self._thread.shutdown()
+            await asyncio.to_thread(self._thread.shutdown)
+        if self._failed is not None and self._failed.done():
+            self._failed.exception()  # asked for, or asyncio complains that nobody did
 
     # One client.
 
@@ -310,6 +313,8 @@ class GrpcServer:
         assert self._failed is not None
         if self._failed.done():
             raise StoppedError(self._failed.exception())
+        if self._stopped:
+            raise StoppedError(None)
 
     @contextlib.contextmanager
     def _or_stop(self) -> Iterator[None]:
@@ -384,15 +389,3 @@ class GrpcServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-@final
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The one method that there is; bytes go in and out as they are."""
-
-    def __init__(self, talk: Callable[[object, Any], Any]) -> None:
-        self._method = grpc.stream_stream_rpc_method_handler(talk)
-
-    def service(self, details: Any) -> Any:
-        """The method of that name, or None."""
-        return self._method if details.method == METHOD else None

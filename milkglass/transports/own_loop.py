@@ -17,15 +17,29 @@ class OwnLoop:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._interrupted: asyncio.Task[Any] | None = None
+        self._running: asyncio.Task[Any] | None = None
 
     def finish(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """Run until this is done. An interrupt leaves it half-done in the loop, until `give_up`."""
-        task = self.loop.create_task(work)
+        """Run until this is done. Ctrl-C leaves it half-done in the loop, until `give_up`.
+
+        Raises InterruptedError where another thread has called `interrupt`.
+        """
+        task = self._running = self.loop.create_task(work)
         try:
             return self.loop.run_until_complete(task)
         except (KeyboardInterrupt, SystemExit):
             self._interrupted = task
             raise
+        except asyncio.CancelledError:
+            raise InterruptedError from None
+        finally:
+            self._running = None
+
+    def interrupt(self) -> None:
+        """From another thread: what runs now, if anything does, is not waited for any longer."""
+        task = self._running
+        if task is not None:
+            self.loop.call_soon_threadsafe(task.cancel)
 
     def give_up(self) -> None:
         """End what an interrupt left half-done: it must not wake up while its owner puts everything away."""

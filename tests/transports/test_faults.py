@@ -162,6 +162,36 @@ def test_a_server_comes_back_at_the_same_port(theirs: Credentials, client: Dial,
 # A server that is away, silent, or busy.
 
 
+def test_a_server_that_stops_takes_nothing_more_however_long_its_grace(
+    theirs: Credentials, service: Doubling, client: Dial, tmp_path: Path
+) -> None:
+    with ServerThread(theirs, tmp_path / "server", service, grace_seconds=15.0) as server:
+        transport, over = client(server.port), threading.Event()
+        asks(transport, "hospital-a", [0])
+
+        def go_on() -> None:
+            step = 1
+            while not over.is_set():
+                asks(transport, "hospital-a", [step])
+                step += 1
+
+        asking = threading.Thread(target=go_on)
+        asking.start()
+        until(lambda: len(service.steps) > 20)
+        taken, began = len(service.steps), time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 10
+        assert len(service.steps) - taken < 200, "what came before it heard of its end"
+    (line,) = server.said("disconnected")
+    assert "hung up" not in str(line)
+    over.set()
+    again = Doubling()
+    with ServerThread(theirs, tmp_path / "server", again, port=server.port):
+        asking.join(20)
+        assert not asking.is_alive()
+    assert again.steps == list(range(len(again.steps))), "those before from its journal"
+
+
 def test_a_server_that_is_away_is_named_after_the_clients_patience(
     theirs: Credentials, client: Dial, tmp_path: Path
 ) -> None:
