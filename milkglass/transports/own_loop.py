@@ -24,7 +24,8 @@ class OwnLoop:
 
         Raises InterruptedError where another thread has called `interrupt`.
         """
-        task = self._running = self.loop.create_task(work)
+        task = self.loop.create_task(work)
+        self._running = task
         try:
             return self.loop.run_until_complete(task)
         except (KeyboardInterrupt, SystemExit):
