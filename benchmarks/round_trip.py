@@ -1,7 +1,6 @@
 """One tensor there and back over loopback with mutual TLS: CPU of both processes against bare gRPC, and bytes.
 
     python -m benchmarks.round_trip [--blocks 12] [--sizes 64 1024] [--out FILE.json]
-    python -m benchmarks.round_trip --profile           where our Python's time goes
 
 See echo.py for what is compared. The contenders take turns, in blocks of less than a second. Wanted: CPU at most 1.5 x
 that of the bare stream with asyncio at both ends; gRPC's payload at most 1.01 x the tensors' bytes from 64 KiB on.

@@ -32,6 +32,7 @@ METHOD: Final = "/milkglass.Parties/Talk"
 RUN_UNKNOWN: Final = 0
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 10.0
+_LAST_DIAL_SECONDS: Final = 2.0  # however little patience is left: a handshake over a long line takes a second
 _FAREWELL_SECONDS: Final = 1.0
 _WINDOW_BYTES: Final = 8 << 20
 _FINAL: Final = {
@@ -319,7 +320,7 @@ class GrpcTransport(Transport):
         self._call = self._channel.stream_stream(METHOD)()
         told_run = self._agreement.told(run=self._run, next=self.sender.number)
         hello = Message("hello", self._party, 0, {"told": told_run})
-        async with asyncio.timeout(min(self._answer_seconds, max(self._patience_left(), _FIRST_PAUSE_SECONDS))):
+        async with asyncio.timeout(min(self._answer_seconds, max(self._patience_left(), _LAST_DIAL_SECONDS))):
             try:
                 await self._call.write(encode(hello))
                 frame = await self._call.read()

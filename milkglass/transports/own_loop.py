@@ -18,6 +18,7 @@ class OwnLoop:
         self.loop = asyncio.new_event_loop()
         self._interrupted: asyncio.Task[Any] | None = None
         self._running: asyncio.Task[Any] | None = None
+        self._stopped = False
 
     def finish(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Run until this is done. Ctrl-C leaves it half-done in the loop, until `give_up`.
@@ -26,6 +27,8 @@ class OwnLoop:
         """
         task = self.loop.create_task(work)
         self._running = task
+        if self._stopped:  # read after `_running` is set: `interrupt` does the two in the other order
+            task.cancel()
         try:
             return self.loop.run_until_complete(task)
         except (KeyboardInterrupt, SystemExit):
@@ -37,13 +40,15 @@ class OwnLoop:
             self._running = None
 
     def interrupt(self) -> None:
-        """From another thread: what runs now, if anything does, is not waited for any longer."""
+        """From another thread: nothing is waited for any longer, until `give_up`."""
+        self._stopped = True
         task = self._running
         if task is not None:
             self.loop.call_soon_threadsafe(task.cancel)
 
     def give_up(self) -> None:
         """End what an interrupt left half-done: it must not wake up while its owner puts everything away."""
+        self._stopped = False
         task, self._interrupted = self._interrupted, None
         if task is None:
             return

@@ -13,7 +13,8 @@ from milkglass.certificates import make_certificates
 from milkglass.recipe import Recipe
 from milkglass.training.split import computing_with, play_epoch, set_up
 from tests.helpers import small_recipe
-from tests.network import Network
+from tests.network import SECONDS, Network
+from tests.wire_server import until
 
 HOP = "127.0.0.1"
 
@@ -69,9 +70,10 @@ def test_three_machines_end_in_the_bits_of_one_process(tmp_path: Path, certifica
 def test_whoever_is_killed_the_bits_are_those_of_the_undisturbed_run(
     kills: int, tmp_path: Path, certificates: Path
 ) -> None:
-    recipe, generator, killed = _recipe(40), random.Random(kills), 0
+    recipe, generator, killed, runs = _recipe(40), random.Random(kills), 0, 0
     while killed < kills:
-        with Network(tmp_path / f"after {killed}", recipe, certificates) as network:
+        runs += 1
+        with Network(tmp_path / f"run {runs}", recipe, certificates) as network:
             parties = {name: network.start(name) for name in network.names}
             for _ in range(min(10, kills - killed)):
                 time.sleep(generator.uniform(0.05, 0.5))
@@ -89,10 +91,11 @@ def test_whoever_is_killed_the_bits_are_those_of_the_undisturbed_run(
 def test_a_hop_that_is_told_to_end_does_not_wait_for_who_is_away(tmp_path: Path, certificates: Path) -> None:
     recipe = _recipe(40)
     with Network(tmp_path / "network", recipe, certificates) as network:
+        network.hold("client", before=100)
         parties = {name: network.start(name) for name in network.names}
-        while not (network.folder / "server" / "checkpoint").exists():
-            time.sleep(0.01)
+        until(lambda: network.seen("server") >= 20, SECONDS)
         parties["server"].kill()
+        network.release("client")
         time.sleep(0.5)  # by now the hop awaits an answer
         began = time.monotonic()
         parties[HOP].stop()

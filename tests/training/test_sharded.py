@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from milkglass.training.join import join
 from milkglass.training.serve import serve
 from milkglass.training.split import Silence, train
 from tests.helpers import KEY, small_recipe
+from tests.network import SECONDS
 from tests.training.ranks import PLAYS, batches, make, mlp, play
 from tests.training.whole import MLP, U_SHAPED, parties
 
@@ -70,7 +72,7 @@ def _kill(process: int) -> None:
 
 def _wait_for_port(port: int, started: subprocess.Popen[bytes], log: Path) -> None:
     """Until somebody listens: a client that dials before would wait longer and longer between its attempts."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while True:
         try:
             socket.create_connection(("localhost", port)).close()
@@ -93,7 +95,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what every rank wrote of every play."""
     folder = tmp_path_factory.mktemp("played")
     with _torchrun(RANKS, "tests.training.ranks", str(folder), log=folder / "log") as started:
-        assert started.wait(timeout=120) == 0, (folder / "log").read_text()
+        assert started.wait(timeout=SECONDS) == 0, (folder / "log").read_text()
     return folder
 
 
@@ -180,9 +182,12 @@ class _At(Silence):
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the system gives out by itself, so that nobody takes it until torchrun listens."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def _recipe(folder: Path, **tables: Any) -> tuple[Path, Path, dict[str, Any]]:
@@ -220,7 +225,7 @@ def test_a_server_under_torchrun_trains_as_one_process_does(tmp_path: Path) -> N
     with _torchrun(2, *_serve(recipe, port, tmp_path / "server"), log=log) as started:
         _wait_for_port(port, started, log)
         join(parse_recipe(given), "ann", f"localhost:{port}", None, tmp_path / "ann", key=key)
-        assert started.wait(timeout=60) == 0, log.read_text()
+        assert started.wait(timeout=SECONDS) == 0, log.read_text()
     _compare(tmp_path / "server", tmp_path / "whole", ["top"])
     _compare(tmp_path / "ann", tmp_path / "whole", ["bottom"])
     told = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
@@ -246,7 +251,7 @@ def test_whichever_rank_is_killed_nothing_is_lost(tmp_path: Path) -> None:
         def fall(rank: int) -> None:
             process, log = started[-1]
             _kill(_children(process)[rank])
-            assert process.wait(timeout=60) != 0
+            assert process.wait(timeout=SECONDS) != 0
             assert not (out / "summary.json").exists()
             if rank == 1:
                 said = [line for line in log.read_text().splitlines() if line.startswith("milkglass: ")]
@@ -259,7 +264,7 @@ def test_whichever_rank_is_killed_nothing_is_lost(tmp_path: Path) -> None:
         join(parse_recipe(given), "ann", f"localhost:{port}", None, tmp_path / "ann", key=key, progress=progress)
         assert len(started) == 3
         process, log = started[-1]
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=SECONDS) == 0, log.read_text()
     _compare(out, tmp_path / "whole", ["top"])
     _compare(tmp_path / "ann", tmp_path / "whole", ["bottom", "head"])
 

@@ -7,7 +7,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from milkglass.certificates import load_credentials, make_certificates
 from milkglass.recipe import Recipe
 from milkglass.training.join import join
 from milkglass.training.serve import serve
-from tests.network import Ended, Network, assert_same, in_one_process
+from tests.background import in_background
+from tests.network import SECONDS, Ended, Network, assert_same, in_one_process
 from tests.training.whole import DEFENDED, DROPOUTS, recipe_of, training
 from tests.wire_faults import FaultyNetwork
 from tests.wire_server import until
@@ -99,12 +99,14 @@ def test_a_full_disk_is_one_line_and_with_resume_it_goes_on(
     often = {who: {**TRAINING[who], "checkpoint_seconds": seconds}}
     (network.folder / "recipe.toml").write_text(recipe_of(**(TRAINING | often)).to_toml())
     running = {"server": network.start("server")}
+    network.hold("client", before=5)
     if who == "client":
         running["client"] = network.start("client")
     until((network.folder / who / "recipe.toml").exists)
     process = running[who]._process.pid
     assert process is not None
     resource.prlimit(process, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))  # as a full disk does, files end there
+    network.release("client")
     if who == "server":
         running["client"] = network.start("client")
     line = running[who].failure()
@@ -137,13 +139,14 @@ def test_a_clock_that_jumps_changes_no_bit(
             if over.wait(0.02):
                 return
 
-    with ThreadPoolExecutor(3) as pool:
-        serving, jumping = pool.submit(serves), pool.submit(jumps)
+    serving, jumping = in_background(serves), in_background(jumps)
+    try:
         until(lambda: ports)
-        pool.submit(joins).result(60)
-        serving.result(20)
+        in_background(joins).result(SECONDS)
+        serving.result(SECONDS)
+    finally:
         over.set()
-        jumping.result(20)
+        jumping.result(SECONDS)
     assert_same(network.ended(), undisturbed)
 
 
