@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
-from milkglass.errors import MilkglassError
+from milkglass.errors import MilkglassError, StopError
 
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments)
     except MilkglassError as error:
         say(f"milkglass: {error}")
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(128 + error.number if isinstance(error, StopError) else EXIT_BAD_INPUT)
     except _StoppedError as stop:
         say(
             "milkglass: stopped; nothing finished is lost: run it again (train, serve, join: with --resume), "

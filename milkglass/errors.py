@@ -7,6 +7,7 @@ MilkglassError                 one clear line: what, where, what was expected; e
 ├── MessageError               a frame that is truncated, forged, or not what was agreed
 ├── EgressError                a client was about to send what nobody agreed to
 ├── HijackError                a client judged its server hostile and stopped
+├── StopError                  a signal ended a server, its state kept; exit code 128 + the signal's number
 ├── LinkError                  another party that cannot be reached, does not answer, or refuses
 ├── RunError                   a run folder that exists, is half-written, or is another recipe's
 ├── CertificateError           a party's certificate or key that is missing, expired, or another's
@@ -47,6 +48,14 @@ class EgressError(MilkglassError):
 
 class HijackError(MilkglassError):
     """A client's guard judged its server hostile: it stopped sending and kept its checkpoint."""
+
+
+class StopError(MilkglassError):
+    """A signal ended a server, which has kept its state. number: the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped; nothing is lost: run it again with --resume, and its clients go on")
+        self.number = number
 
 
 class LinkError(MilkglassError):

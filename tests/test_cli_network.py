@@ -66,10 +66,24 @@ def test_a_client_that_waits_is_stopped_in_one_line(
             assert json.loads(joining.stderr.readline())["event"] == "dialing again"
         finally:
             joining.send_signal(number)
-        _, err = joining.communicate(timeout=20)
+        _, err = joining.communicate(timeout=60)
     others = [line for line in err.splitlines() if not line.startswith("{")]
     assert others == [STOPPED]
     assert joining.returncode == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_server_is_stopped_in_one_line_too(number: signal.Signals, code: int, recipe: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "milkglass", *_typed("serve", recipe, tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stderr is not None
+            assert json.loads(serving.stderr.readline())["event"] == "ready"
+        finally:
+            serving.send_signal(number)
+        _, err = serving.communicate(timeout=60)
+    assert err == "milkglass: stopped; nothing is lost: run it again with --resume, and its clients go on\n"
+    assert serving.returncode == code
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -120,9 +134,13 @@ def test_a_client_that_is_interrupted_while_it_reads_hangs_up_in_silence(
         main_thread = threading.main_thread().ident
         assert main_thread is not None
         timer = threading.Timer(0.5, signal.pthread_kill, (main_thread, signal.SIGINT))
-        timer.start()
-        with caplog.at_level(logging.DEBUG, "asyncio"), pytest.raises(KeyboardInterrupt):
+
+        def read() -> None:
+            timer.start()  # no sooner: after a pause it is over at once
             transport.receive()
+
+        with caplog.at_level(logging.DEBUG, "asyncio"), pytest.raises(KeyboardInterrupt):
+            read()
         transport.close()
         timer.join()
         gc.collect()  # asyncio complains of a forgotten task when it is collected

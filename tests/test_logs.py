@@ -89,7 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     listen = ["--listen", "localhost:0", "--metrics", "0"]
     serving = start("serve", own, *listen, "--tls", tls, "--key", key, out, str(folder / "srv"), "serve")
     try:
-        until(lambda: '"ready"' in said("serve"), 60)
+        until(lambda: '"ready"' in said("serve"), 180)
         port = next(line["port"] for line in _lines(said("serve")) if line["event"] == "ready")
         numbers = next(line["address"] for line in _lines(said("serve")) if line["event"] == "metrics")
         server = f"localhost:{port}"
@@ -97,18 +97,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             *("join", own, "--server", server, "--tls", str(folder / "pki" / "stranger"), "--name", "hospital-a"),
             *(out, str(folder / "no"), "stranger"),
         )
-        stranger.communicate(timeout=60)
+        stranger.communicate(timeout=180)
         assert stranger.returncode == 2
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as garbage:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as garbage:
             garbage.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert garbage.recv(100) == b""
-        with urllib.request.urlopen(numbers, timeout=10) as page:
+        with urllib.request.urlopen(numbers, timeout=60) as page:
             metrics = page.read().decode()
         tls, key = str(folder / "pki" / "hospital-a"), str(folder / "client")
         joining = start("join", own, "--server", server, "--tls", tls, "--key", key, out, str(folder / "cli"), "join")
-        out_of_join, _ = joining.communicate(timeout=120)
+        out_of_join, _ = joining.communicate(timeout=180)
         assert joining.returncode == 0, said("join")
-        out_of_serve, _ = serving.communicate(timeout=60)
+        out_of_serve, _ = serving.communicate(timeout=180)
         assert serving.returncode == 0, said("serve")
     finally:
         serving.kill()
@@ -122,7 +122,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_servers_log_is_json_and_tells_what_happened(trained: dict[str, str]) -> None:
     lines = _lines(trained["serve"])
     assert all(line["party"] == "cloud" and line["timestamp"] for line in lines)
-    events = [line["event"] for line in lines]
+    events = [line["event"] for line in lines if line["event"] != "refused"]  # garbage is, when its time is over
     assert events[:2] == ["metrics", "ready"]
     assert events[-2:] == ["connected", "disconnected"]
     assert next(line for line in lines if line["event"] == "connected")["peer_party"] == "hospital-a"

@@ -1,6 +1,7 @@
 """A small server of the wire, and clients to it: in a thread of this process, or as a process of its own.
 
-python -m tests.wire_server CERTIFICATES FOLDER      prints its port, serves until it is ended, logs to stderr
+python -m tests.wire_server CERTIFICATES FOLDER HANDSHAKE_SECONDS
+                    prints its port, serves until it is ended, logs to stderr
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -36,6 +38,8 @@ CLIENTS: Final = ("hospital-a", "hospital-b")
 RUN: Final = 0x1234
 AGREEMENT: Final = Agreement({"seed": 0, "training": {"batch_size": 64}}, (3,))
 FRAME_BYTES: Final = 4 << 20
+GREETING_SECONDS: Final = 4.0
+"""How long an impatient server awaits a greeting: a pause of its process is shorter."""
 _FLOAT: Final = frozenset({torch.float32})
 _VALUES: Final = Allowed((None, 3), _FLOAT)
 TO_SERVER: Final = Limits(FRAME_BYTES, {"activations": {"activations": _VALUES}, "goodbye": {}}, 200_000)
@@ -53,6 +57,22 @@ class Doubling:
     def receive(self, message: Message) -> list[Addressed]:
         """The answer."""
         time.sleep(self.seconds)
+        self.steps.append(message.step)
+        return [(message.party, doubled(message))]
+
+
+@final
+class Computing:
+    """Doubles as well; each message takes until the test lets it end."""
+
+    def __init__(self) -> None:
+        self.begun, self.end = threading.Semaphore(0), threading.Semaphore(0)
+        self.steps: list[int] = []
+
+    def receive(self, message: Message) -> list[Addressed]:
+        """The answer."""
+        self.begun.release()
+        self.end.acquire(timeout=30)
         self.steps.append(message.step)
         return [(message.party, doubled(message))]
 
@@ -141,7 +161,7 @@ class ServerThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(60)
         if self.failure is not None:
             self._thread.join()
             raise self.failure
@@ -156,7 +176,7 @@ class ServerThread:
         """Stop, as a process does that is told to."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def said(self, event: str, **values: Any) -> list[dict[str, Any]]:
@@ -243,11 +263,13 @@ def talk(
     frames: Iterable[bytes],
     *,
     after: Callable[[], object] = lambda: None,
+    timeout: float = 60.0,
     **options: Any,
 ) -> tuple[list[Message], grpc.StatusCode, str]:
     """What a bare gRPC stream gets that sends these frames: the answers, and how it ended; then calls `after`."""
+    again = credentials is not None and bool(credentials.key)  # who may come in: a pause can spoil a handshake
     with bare_channel(port, credentials) as channel:
-        call = channel.stream_stream(METHOD)(iter(frames), timeout=20, **options)
+        call = channel.stream_stream(METHOD)(iter(frames), timeout=timeout, wait_for_ready=again, **options)
         answers: list[Message] = []
         try:
             with contextlib.suppress(grpc.RpcError):
@@ -270,7 +292,12 @@ def bare_channel(port: int, credentials: Credentials | None) -> grpc.Channel:
     )
 
 
-def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+def one_line(error: Exception, *words: str) -> None:
+    """A message of one line that holds these words, in this order."""
+    assert re.fullmatch("[^\n]*" + "[^\n]*".join(map(re.escape, words)) + "[^\n]*", str(error)), error
+
+
+def until(holds: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until it holds; a test fails where it never does."""
     end = time.monotonic() + seconds
     while not holds():
@@ -282,10 +309,13 @@ def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
 class Alone:
     """A server as a process of its own while the context lasts: `port`, `log`. most_files: it may open no more."""
 
-    def __init__(self, certificates: Path, folder: Path, *, most_files: int | None = None) -> None:
+    def __init__(
+        self, certificates: Path, folder: Path, *, handshake_seconds: float = 2.0, most_files: int | None = None
+    ) -> None:
         folder.mkdir()
         self.log = folder / "log"
-        self._command = [sys.executable, "-m", "tests.wire_server", str(certificates), str(folder / "journal")]
+        arguments = [str(certificates), str(folder / "journal"), str(handshake_seconds)]
+        self._command = [sys.executable, "-m", "tests.wire_server", *arguments]
         self._most_files = most_files
 
     def __enter__(self) -> Self:
@@ -322,13 +352,13 @@ class Alone:
         return {name: int(words[key].split()[0]) << 10 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
-async def _serve_alone(certificates: Path, folder: Path) -> None:
+async def _serve_alone(certificates: Path, folder: Path, handshake_seconds: float) -> None:
     taker = Taker(Doubling(), dict.fromkeys(CLIENTS, TO_SERVER), run=RUN, window=2, folder=folder)
-    server = make_server(taker, Unwatched(), party_log("server"), run=RUN, handshake_seconds=2.0)
+    server = make_server(taker, Unwatched(), party_log("server"), run=RUN, handshake_seconds=handshake_seconds)
     port = await server.start("localhost:0", load_credentials(certificates, "server"))
     print(port, flush=True)
     await server.run_until(asyncio.Event())
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_alone(Path(sys.argv[1]), Path(sys.argv[2])))
+    asyncio.run(_serve_alone(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from milkglass.certificates import Credentials
-from milkglass.errors import LinkError, MilkglassError, RecipeError, RunError, first_line, nearest
+from milkglass.errors import LinkError, RecipeError, RunError, StopError, first_line, nearest
 from milkglass.formats import EMBEDDED
 from milkglass.memory import keep_freed_memory
 from milkglass.messages import Message
@@ -291,11 +291,10 @@ async def _serve(
         watch=watch,
         log=log,
     )
-    stopped = False
+    stopped: list[signal.Signals] = []
 
-    def stop() -> None:
-        nonlocal stopped
-        stopped = True
+    def stop(number: signal.Signals) -> None:
+        stopped.append(number)
         over.set()
         if serving.onward is not None:  # the next party may be away, and patience with it is long
             loop.call_later(_GRACE_SECONDS, serving.onward.interrupt)
@@ -303,7 +302,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     with suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs it there stops it otherwise
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, stop, number)
     port = await server.start(listen, credentials)
     ready(port)
     if serving.desk.finished:
@@ -315,7 +314,7 @@ async def _serve(
     if stopped and not serving.desk.finished:
         if serving.desk.resting:
             serving.keep()
-        raise MilkglassError("stopped; nothing is lost: run it again with --resume, and its clients go on")
+        raise StopError(stopped[0])
     return serving.finish()
 
 

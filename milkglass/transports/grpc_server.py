@@ -176,7 +176,7 @@ class GrpcServer:
             raise
         finally:
             if connection is not None:
-                self._leave(connection, peer, reason="refused")
+                self._leave(connection, peer, reason="this server stops" if self._stopped else "refused")
 
     def _leave(self, connection: Connection, peer: str, **reason: str) -> None:
         if self._connections.get(connection.party) is connection:

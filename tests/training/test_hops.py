@@ -100,7 +100,7 @@ def test_a_hop_that_is_told_to_end_does_not_wait_for_who_is_away(tmp_path: Path,
         began = time.monotonic()
         parties[HOP].stop()
         assert parties[HOP].failure().startswith("stopped; nothing is lost")
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         for name in ("server", HOP):
             parties[name] = network.start(name, resume=True)
         for party in parties.values():

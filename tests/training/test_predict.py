@@ -50,11 +50,8 @@ EIGHT: Final = tuple(f"clinic-{number}" for number in range(8))
 
 
 def _recipe(**changes: Any) -> Recipe:
-    impatient: dict[str, Any] = {
-        "client": {"patience_seconds": 0.5, "answer_seconds": 10},
-        "server": {"heartbeat_seconds": 2},
-    }
-    return small_recipe(**(impatient | changes))
+    waits: dict[str, Any] = {"client": {"patience_seconds": 20.0, "answer_seconds": 20.0}}
+    return small_recipe(**(waits | changes))
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +100,11 @@ def _answered(server: Path, credentials: Credentials | None, told: list[tuple[st
     thread = threading.Thread(target=loop.run_until_complete, args=(work,))
     thread.start()
     try:
-        assert there.wait(20)
+        assert there.wait(60)
         yield f"localhost:{ports[0]}"
     finally:
         loop.call_soon_threadsafe(over.set)
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
         loop.close()
 
@@ -363,11 +360,14 @@ def test_what_serve_and_join_leave_can_predict(kit: Path, tmp_path: Path) -> Non
         ports.append(port)
         there.set()
 
-    with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(serve, recipe, "localhost:0", theirs, tmp_path / "server", ready=ready)
-        assert there.wait(20)
-        trained = join(recipe, "client", f"localhost:{ports[0]}", own, tmp_path / "client")
-        serving.result(20)
+    listen = (recipe, "localhost:0", theirs, tmp_path / "server")
+    # a daemon: where joining fails it would serve, and be waited for, for ever
+    serving = threading.Thread(target=serve, args=listen, kwargs={"ready": ready}, daemon=True)
+    serving.start()
+    assert there.wait(60)
+    trained = join(recipe, "client", f"localhost:{ports[0]}", own, tmp_path / "client")
+    serving.join(60)
+    assert not serving.is_alive()
     given = _test_file(tmp_path, recipe)
     with _answered(tmp_path / "server", theirs, []) as address:
         summary, _ = _predict(tmp_path / "client", given, tmp_path / "p.csv", address=address, credentials=own)
@@ -388,7 +388,7 @@ def test_eight_clients_at_once_get_their_own_answers(kit: Path, tmp_path: Path) 
 
     def ask(name: str) -> str:
         own = load_credentials(kit / name, "client")
-        start.wait(20)
+        start.wait(60)
         more = {"batch": 4, "address": address, "credentials": own}
         return _predict(tmp_path / name, tmp_path / f"{name}.npy", tmp_path / f"{name}.csv", **more)[1]
 
@@ -422,7 +422,8 @@ def test_strangers_are_refused(whole: Path, kit: Path, tmp_path: Path) -> None:
         with pytest.raises(LinkError, match="it is client's; the certificate is stranger's"):
             predict(client, given, address=address, credentials=load_credentials(kit / "stranger", "client"))
         assert predict(client, given, address=address, credentials=own)["records"] == 40
-    assert [values["why"] for event, values in told if event == "refused"] == ["unknown name"]
+    # more than once where the refusal crosses the greeting, which gRPC calls an internal error: it dials again
+    assert {values["why"] for event, values in told if event == "refused"} == {"unknown name"}
 
 
 def test_another_runs_client_is_refused_by_the_handshake(whole: Path, kit: Path, tmp_path: Path) -> None:
@@ -573,13 +574,13 @@ def test_serve_predict_answers_until_it_is_stopped(
             assert code == 0
             assert f"{json.loads((client / 'predictions.json').read_text())['accuracy']:.3f}" in out
             with grpc.insecure_channel(address) as channel:
-                asked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+                asked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
             assert asked.status == health_pb2.HealthCheckResponse.SERVING
-            with urllib.request.urlopen(metrics["address"], timeout=10) as page:
+            with urllib.request.urlopen(metrics["address"], timeout=60) as page:
                 assert 'milkglass_messages_total{kind="queries",party="client"} 1.0' in page.read().decode()
         finally:
             serving.send_signal(signal.SIGTERM)
-        out, err = serving.communicate(timeout=20)
+        out, err = serving.communicate(timeout=60)
     assert serving.returncode == 0, err
     assert out == "server: answered 1 messages; records by client: client 40\n"
     events = [json.loads(line)["event"] for line in err.splitlines()]

@@ -154,7 +154,7 @@ def test_every_activation_follows_from_checkpoint_and_key() -> None:
 def test_a_server_with_recipe_and_seed_predicts_neither_noise_nor_weights() -> None:
     recipe = small_recipe(defense={"noise": {"sigma": 0.5}})
     secret, _ = _recorded(recipe, Source(KEY))
-    z = torch.rand(64, 16)
+    z = torch.rand(64, 16, generator=torch.Generator().manual_seed(0))
     noise = secret.client.noise.gaussian_like(z, "noise")
     guesses = [
         public_source(recipe.seed),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from milkglass.certificates import Credentials, load_credentials, make_certificates
-from milkglass.transports.grpc import GrpcTransport
-from tests.wire_server import Alone, Doubling, ServerThread, asks, dial
+from milkglass.transports.grpc import GrpcTransport, channel_options
+from tests.wire_server import GREETING_SECONDS, Alone, Doubling, ServerThread, asks, dial
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def own(kit: Path) -> Callable[[str], Credentials]:
 def server(theirs: Credentials, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
     """A server that doubles, and has little patience with strangers."""
     folder = tmp_path_factory.mktemp("server")
-    with ServerThread(theirs, folder, Doubling(), handshake_seconds=0.7, greeting_seconds=1.0) as server:
+    with ServerThread(theirs, folder, Doubling(), handshake_seconds=0.7, greeting_seconds=GREETING_SECONDS) as server:
         yield server
 
 
@@ -78,11 +78,23 @@ def client(own: Callable[[str], Credentials], tmp_path: Path) -> Iterator[Callab
     opened: list[GrpcTransport] = []
 
     def make(port: int, name: str = "hospital-a", **options: Any) -> GrpcTransport:
-        credentials = own(name)
-        options = {"heartbeat_seconds": 1.0} | options
-        opened.append(dial(port, credentials, tmp_path / f"{name}-{len(opened)}", **options))
+        opened.append(dial(port, own(name), tmp_path / f"{name}-{len(opened)}", **options))
         return opened[-1]
 
     yield make
     for transport in opened:
         transport.close()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits for seconds dials again every second, for a test to be over soon."""
+    monkeypatch.setattr("milkglass.transports.grpc._LONGEST_PAUSE_SECONDS", 1.0)
+
+
+@pytest.fixture
+def rare_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a server beats, gRPC's pings stay rare: a process that pauses does not answer them in time."""
+    monkeypatch.setattr(
+        "milkglass.transports.grpc_server.channel_options", lambda frame_bytes, _: channel_options(frame_bytes, 20.0)
+    )

@@ -83,7 +83,7 @@ def test_what_cannot_go_on_is_told_to_every_client(
         began = time.monotonic()
         with pytest.raises(LinkError, match="records do not match: 3 of hospital-a, 5 of hospital-b"):
             waiting.receive()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
     assert isinstance(server.failure, DataError)
 
 

@@ -50,7 +50,7 @@ def refused(server: ServerThread) -> Callable[..., dict[str, Any]]:
     lines = len(server.lines)
 
     def check(why: str, *words: str, times: int = 1) -> dict[str, Any]:
-        until(lambda: (server.watch.refusals - before)[why] >= times, 10)
+        until(lambda: (server.watch.refusals - before)[why] >= times)
         others = {"handshake"}  # of an earlier test: these are counted when their time is over
         assert (server.watch.refusals - before).keys() - others == {why} - others
         new = [line for line in server.lines[lines:] if line["event"] == "refused" and line["why"] == why]
@@ -128,7 +128,7 @@ def test_a_client_does_not_talk_to_a_false_server(
     with ServerThread(shown, tmp_path / "server", Doubling()) as false:
         began = time.monotonic()
         turned_away(dial(false.port, own("hospital-b"), tmp_path / "own"), "is not one that this client trusts", words)
-        assert time.monotonic() - began < 5  # at once, and not after its patience of 20 seconds
+        assert time.monotonic() - began < 15  # at once, and not after its patience of 20 seconds
         assert not false.watch.taken
         assert not false.said("connected")
 
@@ -187,15 +187,17 @@ def test_a_second_connection_under_a_name_waits_until_the_first_is_gone(
     refused("there already", "hospital-a is connected already")
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_a_certificate_takes_over_after_missed_heartbeats(theirs: Credentials, own: Own, tmp_path: Path) -> None:
     with (
-        ServerThread(theirs, tmp_path / "server", Doubling(), heartbeat_seconds=1.0) as server,
+        ServerThread(theirs, tmp_path / "server", Doubling(), heartbeat_seconds=3.0) as server,
         FaultyNetwork(server.port) as network,
     ):
         lost = dial(network.port, own("hospital-b"), tmp_path / "own", heartbeat_seconds=100.0)
         asks(lost, "hospital-b", range(3))
         network.fall_silent()  # and neither end is told anything
-        again = dial(server.port, own("hospital-b"), tmp_path / "own")  # its process died, and was started again
+        # its process died, and was started again
+        again = dial(server.port, own("hospital-b"), tmp_path / "own", patience_seconds=60.0)
         asks(again, "hospital-b", range(6))
         assert len(server.said("refused", why="there already")) >= 1
         events = [line["event"] for line in server.lines if line["event"] != "refused"]
@@ -310,11 +312,11 @@ def test_a_greeting_that_never_comes_is_not_awaited_for_ever(server: ServerThrea
     over = threading.Event()
 
     def nothing() -> Iterator[bytes]:  # and no end of the stream either
-        over.wait(20)
+        over.wait(60)
         yield from ()
 
     _, code, details = talk(server.port, own("hospital-b"), nothing(), after=over.set)
-    assert (code, details) == (grpc.StatusCode.DEADLINE_EXCEEDED, "no greeting came for 1 seconds")
+    assert (code, details) == (grpc.StatusCode.DEADLINE_EXCEEDED, "no greeting came for 4 seconds")
     refused("silent", details)
 
 
