@@ -3,7 +3,8 @@
     python -m benchmarks.network_throughput [--data DIR] [--blocks 12] [--batch 64 256] [--out FILE.json]
 
 The parties are what users run: `serve` and `join`, with their journals and checkpoints. Against them the whole network
-in a plain loop, same records, same optimizer, on one thread and on two. All take turns, in blocks of about a second.
+in a plain loop, same records, same optimizer, on one thread and on two; with freed memory kept, as our parties keep it,
+and on one thread also as glibc does by itself. All take turns, in blocks of about a second.
 Throughput, as a share of one thread's: wanted is 0.85 of the plain schedule and 1.0 with micro-batches in flight.
 """
 
@@ -32,10 +33,11 @@ from benchmarks.two_parties import (
     records_file,
     two_parties,
 )
+from milkglass.memory import keep_freed_memory
 from milkglass.recipe import Recipe
 
 _BLOCK_SECONDS: Final = 1.0
-_ONE, _TWO = "one thread", "two threads"
+_ONE, _TWO, _ORDINARY = "one thread", "two threads", "one thread, memory given back"
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{command_line()}\n{machine_line()}; {'data sets' if arguments.data else 'random records'}\n")
     heads = ["plain" if pieces == 1 else f"{pieces} pieces" for pieces in arguments.pieces]
-    print(f"| network | cut | batch | {' | '.join(heads)} | {_TWO} |\n|{'---|' * (len(heads) + 4)}")
+    print(f"| network | cut | batch | {' | '.join(heads)} | {_TWO} | {_ORDINARY} |\n|{'---|' * (len(heads) + 5)}")
     rows = []
     for case in (CASES[number] for number in arguments.cases):
         for batch in arguments.batch:
@@ -68,8 +70,8 @@ def measure(case: Case, batch: int, pieces: list[int], data: Path | None, blocks
         folder = Path(name)
         records, where = records_file(case.shape, data, folder), place(folder)
         contenders: dict[str, list[Worker]] = {}
-        for threads, label in ((1, _ONE), (2, _TWO)):
-            worker = Worker(_whole, recipe_of(case, records, batch_size=batch), threads)
+        for label, threads, keeps in ((_ONE, 1, True), (_TWO, 2, True), (_ORDINARY, 1, False)):
+            worker = Worker(_whole, recipe_of(case, records, batch_size=batch), threads, keeps)
             ends.callback(worker.end)
             worker.told()
             contenders[label] = [worker]
@@ -87,7 +89,7 @@ def _split(ends: contextlib.ExitStack, recipe: Recipe, where: Place, out: Path) 
 
 
 def _told(found: Mapping[str, list[Block]], pieces: list[int]) -> dict[str, Any]:
-    names = [*map(str, pieces), _TWO]
+    names = [*map(str, pieces), _TWO, _ORDINARY]
     one = found[_ONE]
     return {
         "ratios": {n: asdict(ratio([b.seconds for b in one], [b.seconds for b in found[n]])) for n in names},
@@ -96,8 +98,8 @@ def _told(found: Mapping[str, list[Block]], pieces: list[int]) -> dict[str, Any]
     }
 
 
-def _whole(pipe: Connection, recipe: Recipe, threads: int) -> None:
-    """The whole network in this process: an ordinary loop."""
+def _whole(pipe: Connection, recipe: Recipe, threads: int, keeps: bool) -> None:
+    """The whole network in this process: an ordinary loop. keeps: it keeps freed memory, as `serve` and `join` do."""
     import torch
     from torch.nn import functional as F
 
@@ -106,6 +108,8 @@ def _whole(pipe: Connection, recipe: Recipe, threads: int) -> None:
     from milkglass.training.setup import optimizer
     from milkglass.training.shares import deal_records
 
+    if keeps:
+        keep_freed_memory()
     torch.set_num_threads(threads)
     records = deal_records(recipe).train[CLIENT]
     generator = public_source(0).generator("weights")

@@ -100,6 +100,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
 ) -> None:
     """Train a network in two halves, in this process, as the recipe says."""
+    from milkglass.memory import keep_freed_memory
     from milkglass.progress import TrainingProgress
     from milkglass.randomness import read_key
     from milkglass.recipe import load_recipe
@@ -109,6 +110,7 @@ def train(
     source = read_key(key) if key is not None else None
     warn_of_key(key)
     out = out or Path("runs") / recipe.stem
+    keep_freed_memory()
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
     for caution in summary["cautions"]:
