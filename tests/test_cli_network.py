@@ -54,36 +54,31 @@ def deaf_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
+def _stopped(words: list[str], event: str, number: signal.Signals) -> tuple[list[str], int]:
+    """A command in a process of its own that gets a signal once it has logged that event: its other lines, its code."""
+    command = [sys.executable, "-m", "milkglass", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert json.loads(process.stderr.readline())["event"] == event
+        finally:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    return [line for line in err.splitlines() if not line.startswith("{")], process.returncode
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_client_that_waits_is_stopped_in_one_line(
     number: signal.Signals, code: int, recipe: str, deaf_port: int, tmp_path: Path
 ) -> None:
     words = ["join", recipe, "--server", f"127.0.0.1:{deaf_port}", "--plaintext", "--name", "hospital-a"]
-    command = [sys.executable, "-m", "milkglass", *words, "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as joining:
-        try:
-            assert joining.stderr is not None
-            assert json.loads(joining.stderr.readline())["event"] == "dialing again"
-        finally:
-            joining.send_signal(number)
-        _, err = joining.communicate(timeout=60)
-    others = [line for line in err.splitlines() if not line.startswith("{")]
-    assert others == [STOPPED]
-    assert joining.returncode == code
+    assert _stopped([*words, "--out", str(tmp_path / "out")], "dialing again", number) == ([STOPPED], code)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_server_is_stopped_in_one_line_too(number: signal.Signals, code: int, recipe: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "milkglass", *_typed("serve", recipe, tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
-        try:
-            assert serving.stderr is not None
-            assert json.loads(serving.stderr.readline())["event"] == "ready"
-        finally:
-            serving.send_signal(number)
-        _, err = serving.communicate(timeout=60)
-    assert err == "milkglass: stopped; nothing is lost: run it again with --resume, and its clients go on\n"
-    assert serving.returncode == code
+    line = "milkglass: stopped; nothing is lost: run it again with --resume, and its clients go on"
+    assert _stopped(_typed("serve", recipe, tmp_path / "out"), "ready", number) == ([line], code)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

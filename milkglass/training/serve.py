@@ -200,7 +200,7 @@ class Serving:
         self.onward.patience_seconds = FAREWELL_SECONDS
         try:
             self.onward.exchange(Message("goodbye", self.name, 0))
-        except LinkError as error:
+        except (LinkError, InterruptedError) as error:  # a signal may come while the last client says its own
             log("goodbye was not heard", reason=str(error))
 
     def close(self) -> None:
