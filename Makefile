@@ -1,4 +1,4 @@
-# make demo    a virtual environment, the digits recipe undefended and with NoPeek, both audited, a report
+# make demo    a virtual environment, the digits recipe undefended, with NoPeek and with a channel, audited, a report
 # make test    the tests, with everything they need       make test ARGS="-k cuts"
 # make check   ruff and mypy                              make docs   docs/recipes.md, from the model
 # All of them make .venv ready first, from whatever state it is in, and lose no time where it is ready.
@@ -16,14 +16,17 @@ READY = PATH="$(subst $(CURDIR)/$(VENV):,,$(PATH))"; python=$$($(FIND_PYTHON)); 
   $$python .ci/environment.py
 UNDEFENDED := runs/demo/undefended
 NOPEEK := runs/demo/nopeek
+CHANNEL := runs/demo/channel
 
 demo:
 	@$(READY) demo
 	rm -rf runs/demo
 	$(VENV)/milkglass train examples/digits.toml --set 'defense={}' --out $(UNDEFENDED)
 	$(VENV)/milkglass train examples/digits.toml --out $(NOPEEK)
+	$(VENV)/milkglass train examples/digits.toml --set 'defense={channel={},entropy={weight=0.02}}' --out $(CHANNEL)
 	$(VENV)/milkglass audit $(UNDEFENDED) --reference $(UNDEFENDED)
 	$(VENV)/milkglass audit $(NOPEEK) --reference $(UNDEFENDED)
+	$(VENV)/milkglass audit $(CHANNEL) --reference $(UNDEFENDED)
 	$(VENV)/milkglass report runs/demo
 
 # One thread in each of two processes: on two cores, more threads make the small networks of the tests slower.

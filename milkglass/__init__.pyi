@@ -3,6 +3,15 @@ from .audit import Audit as Audit
 from .client import Client as Client
 from .cuts import Stages as Stages
 from .cuts import cut as cut
+from .defenses.adversary import Adversary as Adversary
+from .defenses.certificate import Certificate as Certificate
+from .defenses.certificate import certify as certify
+from .defenses.channel import Channel as Channel
+from .defenses.clipping import Clipping as Clipping
+from .defenses.conditional_entropy import ConditionalEntropy as ConditionalEntropy
+from .defenses.labels import Marvell as Marvell
+from .defenses.labels import MaxNorm as MaxNorm
+from .defenses.learned_noise import LearnedNoise as LearnedNoise
 from .defenses.noise import Noise as Noise
 from .defenses.nopeek import NoPeek as NoPeek
 from .errors import MilkglassError as MilkglassError

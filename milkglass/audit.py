@@ -26,7 +26,9 @@ from milkglass.attacks.suite import (
     membership_attacks,
 )
 from milkglass.audit_work import Keeps, Left, Progress, Work
+from milkglass.bounds import Bound, certified_bounds, membership_bound
 from milkglass.controls import ControlResult
+from milkglass.defenses.certificate import Certificate, ReleaseCheck
 from milkglass.errors import AuditError
 from milkglass.findings import AttackScore, Curve, Finding, attack_curve, find, worse
 from milkglass.inference import InferenceScore, audit_attributes, audit_matching, audit_membership
@@ -34,7 +36,7 @@ from milkglass.leakage.estimate import Estimate
 from milkglass.randomness import public_source
 from milkglass.self_test import MADE_FROM_A_TRIAL, try_on_gaussian, try_on_trial
 from milkglass.transcript import MembershipTrial, Trial, View, check_view
-from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget, judge
+from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget, judge
 
 MINIMUM_TARGETS: Final = 8
 """With fewer target records nothing is said."""
@@ -48,7 +50,7 @@ class Audit:
 
     measures: each with its 95 % interval, the worst over exposures; "peek" is one of them. exposures: the peek of each.
     pictures: the first records of the target, "records", as rebuilt from the "entitled" values alone, and by attack; of
-    `pictures_of`, the worst exposure of new records.
+    `pictures_of`, the worst exposure of new records. bounds: what is proved of the attacks beside `inferences`.
     """
 
     measures: Mapping[str, Estimate]
@@ -59,9 +61,11 @@ class Audit:
     best_attack: str
     error_entitled: float
     controls: Mapping[str, ControlResult]
-    certificate: Mapping[str, Any] | None
+    certificate: Certificate | None
+    check: ReleaseCheck | None
     attacks: tuple[AttackScore, ...]
     inferences: tuple[InferenceScore, ...]
+    bounds: tuple[Bound, ...]
     curves: tuple[Curve, ...]
     skipped: tuple[Left, ...]
     notes: tuple[str, ...]
@@ -86,13 +90,20 @@ class Audit:
             "pictures_of": self.pictures_of,
             "error_entitled": self.error_entitled,
             "controls": {name: result.to_dict() for name, result in self.controls.items()},
-            "certificate": dict(self.certificate) if self.certificate is not None else None,
+            "certificate": self._certificate(),
             "attacks": [score.to_dict() for score in self.attacks],
             "inferences": [score.to_dict() for score in self.inferences],
+            "bounds": [bound.to_dict() for bound in self.bounds],
             "curves": [asdict(curve) for curve in self.curves],
             "skipped": [asdict(left) for left in self.skipped],
             "notes": list(self.notes),
         }
+
+    def _certificate(self) -> dict[str, Any] | None:
+        if self.certificate is None:
+            return None
+        check = None if self.check is None else {**asdict(self.check), "agrees": self.check.agrees}
+        return {**self.certificate.to_dict(), "check": check}
 
 
 def measurable(trials: Sequence[Trial], membership: MembershipTrial | None, strength: Strength) -> list[str]:
@@ -114,7 +125,8 @@ def audit(
     membership: MembershipTrial | None = None,
     budget: Mapping[str, float] | None = None,
     seed: int = 0,
-    certificate: Mapping[str, Any] | None = None,
+    certificate: Certificate | None = None,
+    check: ReleaseCheck | None = None,
     progress: Progress | None = None,
     kept: Keeps | None = None,
     notes: Sequence[str] = (),
@@ -122,6 +134,7 @@ def audit(
     """Attack the trials, one per exposure, and judge the worst of them against the budget.
 
     The best attack is chosen on validation records and scored on test records. attacks: instead of those of `strength`.
+    certificate, check: of the defenses, and whether releases agree with it; where they do not there is no verdict.
     kept: where results are kept, so that an interrupted audit goes on. notes: what else a reader has to know. Raises
     AuditError for a trial that no attack can be judged on. See docs/concepts.md for the words.
     """
@@ -133,7 +146,7 @@ def audit(
     suite = tuple(attacks) if attacks is not None else attacks_of(strength, seed)
     _check(trials, suite)
     if budget is not None:
-        check_budget(budget, measurable(trials, membership, strength))
+        check_budget(budget, [*measurable(trials, membership, strength), *([] if certificate is None else [BITS])])
     source = public_source(seed).derive("audit")
     curved = _curved(suite, strength)
     by_trial = len(from_pairs(suite)) + len(suite)
@@ -148,6 +161,8 @@ def audit(
     work.close()
 
     measures = _worst_measures(findings, inferences)
+    if certificate is not None:
+        measures[BITS] = Estimate(*[certificate.bits_per_release] * 3)
     shown = max(findings, key=lambda finding: worse(finding.peek))
     # pictures are passed on: never the private training records
     pictured = max(findings, key=lambda finding: (finding.exposure != "trained-on", worse(finding.peek)))
@@ -158,7 +173,9 @@ def audit(
             measures,
             budget,
             failed=work.failed,
-            sound=all(finding.is_sound for finding in findings) and all(result.passed for result in results.values()),
+            sound=all(finding.is_sound for finding in findings)
+            and all(result.passed for result in results.values())
+            and (check is None or check.agrees),
         ),
         budget=budget,
         strength=strength,
@@ -166,11 +183,19 @@ def audit(
         error_entitled=shown.errors_entitled_T.mean().item(),
         controls=MappingProxyType(results),
         certificate=certificate,
+        check=check,
         attacks=tuple(score for finding in findings for score in finding.scores),
         inferences=tuple(inferences),
+        bounds=_bounds(trials, membership, inferences, certificate, check),
         curves=tuple(curves),
         skipped=(*_skipped(findings), *work.left),
-        notes=(*notes, *_notes(findings, results), *_told(inferences), *_unmeasured(measures, budget)),
+        notes=(
+            *notes,
+            *_disagreement(check),
+            *_notes(findings, results, notes),
+            *_told(inferences),
+            *_unmeasured(measures, budget),
+        ),
         pictures=_pictures(pictured),
         pictures_of=pictured.exposure,
     )
@@ -217,6 +242,27 @@ def _inferences(
             compute = partial(audit_membership, membership, [attack], seed, work.tick)
             rows += work.rows(attack.name, "fresh", membership, compute, MEMBERSHIP_MEASURES, attack)
     return rows
+
+
+def _bounds(
+    trials: Sequence[Trial],
+    membership: MembershipTrial | None,
+    inferences: Sequence[InferenceScore],
+    certificate: Certificate | None,
+    check: ReleaseCheck | None,
+) -> tuple[Bound, ...]:
+    """From below by the gap, where who was trained on was guessed; from above by a certificate that is not void."""
+    measured = any(row.measure in MEMBERSHIP_MEASURES for row in inferences)
+    below = membership_bound(membership) if membership is not None and measured else None
+    above: tuple[Bound, ...] = ()
+    if certificate is not None and (check is None or check.agrees):
+        candidates = {row.exposure: int(row.details["candidates"]) for row in inferences if row.measure == MATCHING}
+        seen = [trial.view for trial in trials if trial.view.exposure != "trained-on"]  # weights must be fixed
+        releases: dict[str, int] = {
+            view.exposure: 1 if view.target.repeats is None else len(view.target.repeats) for view in seen
+        }
+        above = certified_bounds(certificate, candidates, releases)
+    return (() if below is None else (below,)) + above
 
 
 def _skipped(findings: Sequence[Finding]) -> list[Left]:
@@ -281,14 +327,24 @@ def _unmeasured(measures: Mapping[str, Estimate], budget: Mapping[str, float] | 
     ]
 
 
-def _notes(findings: Sequence[Finding], results: Mapping[str, ControlResult]) -> list[str]:
-    """What a reader has to know beside the numbers."""
+def _disagreement(check: ReleaseCheck | None) -> list[str]:
+    if check is None or check.agrees:
+        return []
+    return [
+        f"what was sent speaks against the certificate: noise of sigma {check.sigma:.4g}, mean releases up to "
+        f"{check.longest:.4g} long; it is void"
+    ]
+
+
+def _notes(findings: Sequence[Finding], results: Mapping[str, ControlResult], known: Sequence[str]) -> list[str]:
+    """What a reader has to know beside the numbers, and the notes that are known."""
     notes = []
     for name, result in results.items():
         if not result.passed:
             notes.append(f"control {name} failed: {result.value:.3f}, limit {result.limit:.2f}")
     for finding in findings:
         notes += finding.notes()
-    if all(finding.exposure != "trained-on" for finding in findings):
+    told = any(finding.exposure == "trained-on" for finding in findings)
+    if not told and not any(note.startswith("trained-on") for note in known):
         notes.append("trained-on: not covered; what the server saw of training records over all epochs is not attacked")
     return notes

@@ -16,24 +16,30 @@ from milkglass.attacks.base import Attack
 from milkglass.attacks.suite import Strength, attacks_of, choose_attacks
 from milkglass.audit import Audit, audit, measurable
 from milkglass.audit_work import Progress as AuditProgress
+from milkglass.defenses.certificate import certify
 from milkglass.errors import AuditError
 from milkglass.kept import Kept
 from milkglass.recorded import NAMES, read_trial
 from milkglass.replay import Replay, find_reference, replay
 from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
+from milkglass.training.defended import defenses
 from milkglass.training.split import Progress, computing_with
-from milkglass.verdict import MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, check_budget
+from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, check_budget
 
 KEPT: Final = "attacks"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How hard to attack, with what, and what may be shown at most. attacks: only these; None: all of the strength."""
+    """How hard to attack, with what, and what may be shown at most. attacks: only these; None: all of the strength.
+
+    fresh_only: only new records, released once: for a sweep, where the other exposures take too long.
+    """
 
     strength: Strength = "default"
     attacks: Sequence[str] | None = None
     budget: Mapping[str, float] | None = None
+    fresh_only: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,14 +73,22 @@ def audit_run(
     suite = plan.suite(recipe.seed)
     if plan.budget is not None:  # told before the work
         attributes = [f"attribute.{name}" for name in recipe.data.sensitive]
-        check_budget(plan.budget, [*RECONSTRUCTION_MEASURES, MATCHING, *attributes, *MEMBERSHIP_MEASURES])
+        check_budget(plan.budget, [*RECONSTRUCTION_MEASURES, MATCHING, *attributes, *MEMBERSHIP_MEASURES, BITS])
+        if BITS in plan.budget:
+            certify(defenses(recipe), (1,))  # raises where there is no certificate
     folder.accuracy  # noqa: B018  a damaged summary is told before the work too
     target = out or run
     _check_writable(target)
     with training(recipe.training.epochs, "reference") as progress:
         undefended = find_reference(folder, reference, progress)
     with training(recipe.training.epochs, "replayed training") as progress:
-        replayed = replay(folder, undefended, trained_on=plan.strength != "quick", progress=progress)
+        replayed = replay(
+            folder,
+            undefended,
+            repeated=not plan.fresh_only,
+            trained_on=plan.strength != "quick" and not plan.fresh_only,
+            progress=progress,
+        )
     with computing_with(recipe.threads), watching() as watch:
         found = _audit(replayed, plan, suite, recipe.seed, target, watch)
     content = found.to_dict() | {
@@ -146,6 +160,8 @@ def _audit(
         seed=seed,
         progress=watch,
         kept=Kept(target / KEPT),
+        certificate=replayed.certificate,
+        check=replayed.check,
         notes=(*replayed.notes, *plan.notes),
     )
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Final, final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from milkglass.cli_bounds import bounds
+from milkglass.cli_frontier import frontier
 from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
 from milkglass.errors import MilkglassError, StopError
 
@@ -165,7 +167,7 @@ def audit(
     """
     from milkglass.audit_files import Plan, audit_recorded, audit_run, where_recorded
     from milkglass.progress import AuditProgress, TrainingProgress
-    from milkglass.verdict import parse_budget
+    from milkglass.verdict import BITS, parse_budget
 
     if quick and thorough:
         raise MilkglassError("--quick and --thorough: expected one of them, or neither")
@@ -192,8 +194,13 @@ def audit(
     for left in found.skipped:
         name = "" if left.attack in left.why else f"{left.attack}: "
         print(f"{subject}: left out on {left.exposure} records: {name}{left.why}")
+    void = found.check is not None and not found.check.agrees
+    for line in () if found.certificate is None else found.certificate.words:
+        print(f"{subject}: certificate{', void' if void else ''}: {line}")
+    for bound in found.bounds:
+        print(f"{subject}: {bound.measure}, {bound.exposure} records: {bound.words}")
     for name, measure in found.measures.items():
-        if name != "peek":
+        if name not in ("peek", BITS):  # the certificate's own words say more of its bits
             print(f"{subject}: {name} {measure.value:.3f}, 95 % interval {measure.low:.3f} to {measure.high:.3f}")
     accuracy = ""
     if recorded is None:
@@ -270,7 +277,7 @@ def report(
     print(page)
 
 
-for command in (certs, serve, join, predict):
+for command in (bounds, frontier, certs, serve, join, predict):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ step; the gradient back; the client's backward and step. The client adds its pen
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milkglass.client_batch import Batch, expect, expect_scalar
 from milkglass.codec import shapes
 from milkglass.compression.base import Compressor, Identity
-from milkglass.defenses.base import Defense, NoiseStream
+from milkglass.defenses.base import Defense, NoiseSource, NoiseStream, content_digest
+from milkglass.defenses.permanent import PermanentNoise
 from milkglass.errors import DataError, EgressError, MessageError, MilkglassError
 from milkglass.guards import U_SHAPED, VANILLA, EgressGuard, LeakageGuard, ReleaseLedger, finite, with_shapes
 from milkglass.hijack import HijackGuard
 from milkglass.messages import Kind, Message
-from milkglass.parties import Party, run_to_end
+from milkglass.parties import Party, Rate, run_to_end
 from milkglass.randomness import Source
 from milkglass.transports.base import Transport
 
@@ -87,8 +90,9 @@ class Client(Party):
     last part: with it labels and loss stay here. sends_labels: False for an owner of columns who has no labels.
     pieces: in how many a training batch goes out, one after the other, before the first answer is awaited. cut_shape:
     of one record's activations, where it is agreed on: nothing else leaves; None for any shape. compressor:
-    what the wire does to activations, for who asks what a receiver sees. source: the party's private randomness; by
-    default a fresh one that nobody can repeat.
+    what the wire does to activations, for who asks what a receiver sees. keep_releases: while its stage stays as it is,
+    the same record gets the same noise. rate: the learning rate by step, where it changes. source: the party's private
+    randomness; by default a fresh one that nobody can repeat.
     """
 
     def __init__(
@@ -104,10 +108,12 @@ class Client(Party):
         guards: Guards | None = None,
         cut_shape: tuple[int, ...] | None = None,
         compressor: Compressor | None = None,
+        keep_releases: bool = False,
+        rate: Rate | None = None,
         name: str = "client",
         source: Source | None = None,
     ) -> None:
-        super().__init__(stage, optimizer, source, head=head)
+        super().__init__(stage, optimizer, source, head=head, rate=rate)
         self.transport = transport
         self.defenses = tuple(defenses)
         self.guards = guards or Guards()
@@ -115,6 +121,9 @@ class Client(Party):
         self.name = name
         self.steps = 0
         self.noise = NoiseStream(self.source.derive("noise"))
+        self.keeps_releases = keep_releases
+        self._begun = False  # whether the defenses have seen a batch
+        self._frozen = not any(parameter.requires_grad for parameter in stage.parameters())
         self._pieces = pieces
         self._sends_labels = sends_labels and head is None
         agreed = VANILLA if self._sends_labels else U_SHAPED
@@ -125,13 +134,21 @@ class Client(Party):
 
     def state(self) -> dict[str, Tensor]:
         counters = {"steps": torch.tensor(self.steps), "noise_block": torch.tensor(self.noise.block)}
-        return super().state() | counters | self.guards.state()
+        learned = {
+            f"defense{index}.{name}": tensor
+            for index, defense in enumerate(self.defenses)
+            for name, tensor in defense.state().items()
+        }
+        return super().state() | counters | self.guards.state() | learned
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
         self.steps = int(state["steps"])
         self.noise.block = int(state["noise_block"])
         self.guards.load_state(state)
+        for index, defense in enumerate(self.defenses):
+            prefix = f"defense{index}."
+            defense.load_state({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
 
     def check_egress(self, x: Tensor) -> None:
         """Raise EgressError if a release of records `x` (B, ...) would be refused. Nothing is sent, or counted."""
@@ -158,34 +175,44 @@ class Client(Party):
         mislabeled = guard is not None and guard.mislabels(self.steps)
         told_B = guard.wrong_labels(self.steps, y_B) if guard is not None and mislabeled and y_B is not None else y_B
         if self.guards.ledger is not None and rows_B is not None:
-            self.guards.ledger.charge(self.steps, rows_B)
+            self.guards.ledger.charge(self.steps, rows_B, kept=self._frozen and self.keeps_releases)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        batch = _Batch(x, told_B, self._pieces if len(x) % self._pieces == 0 else 1)
+        batch = Batch(x, told_B, self._pieces if len(x) % self._pieces == 0 else 1)
         self._send_batch(batch)
         if self.head is not None:
             yield from self._answer_features(batch)
         dz = yield from self._await_gradients(batch)
         if guard is not None and y_B is not None:
             guard.observe(self.steps, dz, y_B)
-        for defense in self.defenses:
-            dz = defense.returned(dz)
         if self.optimizer is not None and not mislabeled:
             batch.backward(dz)
-            self.optimizer.step()
+            self.take_step(self.steps)
+            for defense in self.defenses:
+                defense.learn(x, torch.cat([z.detach() for z in batch.sent]))
         self.steps += 1
         penalty = 0.0 if batch.penalty is None else batch.penalty.item()
         return StepResult(batch.loss, penalty, batch.right / len(x), mislabeled)
 
-    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
+    def penalty(self, x: Tensor, z: Tensor, y_B: Tensor | None = None) -> Tensor | None:
         """What its defenses add to the loss, weighted, for records `x` (B, ...) sent as `z` (B, ...): a scalar."""
-        penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z)) is not None]
+        penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z, y_B)) is not None]
         return torch.stack(penalties).sum() if penalties else None
 
+    def noise_free(self, x: Tensor) -> Tensor:
+        """What a release of records `x` (B, ...) is before any noise, in evaluation mode, inside the graph."""
+        z = self._forward(x, training=False)
+        for defense in self.defenses:
+            z = defense.transform(z)
+        return z
+
     @torch.no_grad()
-    def release(self, x: Tensor) -> Tensor:
-        """What a receiver sees when records `x` (B, ...) are to be classified: a fresh release, in evaluation mode."""
-        return self.compressor.round_trip(self._release(x, training=False))
+    def release(self, x: Tensor, *, fresh: bool = False) -> Tensor:
+        """What a receiver sees when records `x` (B, ...) are to be classified, in evaluation mode.
+
+        fresh: with noise of this moment, also where releases are kept: for who measures the noise.
+        """
+        return self.compressor.round_trip(self._release(x, training=False, fresh=fresh))
 
     @torch.no_grad()
     def rehearse(self, x: Tensor, generator: torch.Generator, *, training: bool = True) -> Tensor:
@@ -244,23 +271,35 @@ class Client(Party):
             raise MessageError(f"expected {kind!r} of {step}, the server sent {answer.kind!r} of {answer.step}")
         return answer
 
-    def _release(self, x: Tensor, *, training: bool) -> Tensor:
-        z = self._forward(x, training=training)
+    def _release(self, x: Tensor, *, training: bool, fresh: bool = False) -> Tensor:
+        z = self._forward(x, training=training and not self._frozen)
+        noise = self.noise if fresh else self._noise_of(x, training=training)
         for defense in self.defenses:
-            z = defense.release(z, self.noise)
+            z = defense.release(z, noise)
         return z
 
-    def _send_batch(self, batch: _Batch) -> None:
+    def _noise_of(self, x: Tensor, *, training: bool) -> NoiseSource:
+        """Fresh noise; or the records' own, where releases are kept and no training changes what they pass through."""
+        if not self.keeps_releases or (training and not self._frozen):
+            return self.noise
+        weights = hashlib.sha256()
+        for name, tensor in self.stage.state_dict().items():
+            weights.update(f"{name} {content_digest(tensor)}".encode())
+        return PermanentNoise(self.source, weights.hexdigest(), x)
+
+    def _send_batch(self, batch: Batch) -> None:
         """The forward pass, and all pieces on their way: each as soon as it is there, where nothing needs all.
 
         A defense needs the whole batch: noise follows from the activations' very bits, a penalty from all records.
         """
         parts = [batch.x] if batch.pieces == 1 else batch.x.tensor_split(batch.pieces)
         if batch.pieces == 1 or self.defenses:
-            z = self._forward(batch.x, training=True)
-            for defense in self.defenses:
-                z = defense.release(z, self.noise)
-            batch.penalty = self.penalty(batch.x, z)
+            z = self._release(batch.x, training=True)
+            if not self._begun:
+                for index, defense in enumerate(self.defenses):
+                    defense.begin(batch.x, z.detach(), self.source.derive("defense", index))
+                self._begun = True
+            batch.penalty = self.penalty(batch.x, z, batch.y_B)
             batch.outputs = [z]
             batch.sent = [z] if batch.pieces == 1 else list(z.tensor_split(batch.pieces))
         elif self.guards.leakage is not None:
@@ -276,7 +315,7 @@ class Client(Party):
             self._send("activations", part, tensors, number, batch.pieces)
         batch.outputs = batch.outputs or batch.sent
 
-    def _answer_features(self, batch: _Batch) -> Generator[None, None, None]:
+    def _answer_features(self, batch: Batch) -> Generator[None, None, None]:
         """U-shaped: the head's forward and backward pass on what the server made of each piece; its gradient back."""
         assert self.head is not None
         for number, part in enumerate(batch.x.tensor_split(batch.pieces)):
@@ -293,23 +332,25 @@ class Client(Party):
             loss = F.cross_entropy(logits_BK, y_B)
             batch.count(self._finite_loss(loss.item()), int((logits_BK.detach().argmax(dim=1) == y_B).sum()))
             (loss / batch.pieces if batch.pieces > 1 else loss).backward()  # type: ignore[no-untyped-call]
-            gradient = {"gradient": cast(Tensor, features.grad)}
-            self._send("returns", part, gradient, number, batch.pieces)
+            gradient = cast(Tensor, features.grad)
+            for defense in self.defenses:
+                gradient = defense.protect(gradient, y_B, self.noise)
+            self._send("returns", part, {"gradient": gradient}, number, batch.pieces)
 
-    def _await_gradients(self, batch: _Batch) -> Generator[None, None, Tensor]:
+    def _await_gradients(self, batch: Batch) -> Generator[None, None, Tensor]:
         """The gradient (B, ...) at what was sent, as the server answers, checked."""
         gradients = []
         for number, z in enumerate(batch.sent):
             yield
             answer = self._receive("gradients", number, batch.pieces)
             if self._sends_labels:
-                loss, right = _expect_scalar(answer, "loss"), _expect_scalar(answer, "right")
+                loss, right = expect_scalar(answer, "loss"), expect_scalar(answer, "right")
                 if not 0 <= right <= len(z):
                     raise MessageError(
                         f"step {self.steps}: the server says that {right:g} of {len(z)} records were right"
                     )
                 batch.count(self._finite_loss(loss), int(right))
-            dz = _expect(answer, "gradient", z)
+            dz = expect(answer, "gradient", z)
             if not finite(dz.square()):  # an optimizer squares it
                 raise MessageError(
                     f"step {self.steps}: the server sent a gradient that is not finite, or far too large"
@@ -337,52 +378,3 @@ class Client(Party):
             of = f"step {answer.step}" + (f", piece {answer.piece}" if (answer.piece, answer.pieces) != (0, 1) else "")
             raise MessageError(f"step {self.steps}: expected {kind!r}, the server sent {answer.kind!r} of {of}")
         return answer
-
-
-class _Batch:
-    """One training batch under way: its pieces, what was sent for them, and what came of it."""
-
-    def __init__(self, x: Tensor, y_B: Tensor | None, pieces: int) -> None:
-        self.x = x
-        self.y_B = y_B
-        self.pieces = pieces
-        self.outputs: list[Tensor] = []  # where the backward pass begins
-        self.sent: list[Tensor] = []
-        self.penalty: Tensor | None = None
-        self.loss = 0.0
-        self.right = 0
-
-    def labels(self, piece: int) -> Tensor:
-        """The labels of a piece."""
-        assert self.y_B is not None
-        return self.y_B if self.pieces == 1 else self.y_B.tensor_split(self.pieces)[piece]
-
-    def count(self, loss: float, right: int) -> None:
-        """Take in a piece's mean loss, and how many of its records were classified right."""
-        self.loss += loss / self.pieces
-        self.right += right
-
-    def backward(self, dz: Tensor) -> None:
-        """From the gradient (B, ...) at the cut, and the penalty, to the weights."""
-        if self.penalty is not None and self.penalty.requires_grad:
-            torch.autograd.backward([self.outputs[0], self.penalty], [dz, None])
-            return
-        parts = [dz] if len(self.outputs) == 1 else dz.tensor_split(len(self.outputs))
-        for z, gradient in zip(self.outputs, parts, strict=True):
-            torch.autograd.backward([z], [gradient])
-
-
-def _expect(message: Message, name: str, like: Tensor) -> Tensor:
-    tensor = message.tensors.get(name)
-    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-        raise MessageError(
-            f"expected a {name} of shape {tuple(like.shape)}, {like.dtype}; the server sent {shapes(message.tensors)}"
-        )
-    return tensor
-
-
-def _expect_scalar(message: Message, name: str) -> float:
-    tensor = message.tensors.get(name)
-    if tensor is None or tensor.numel() != 1:
-        raise MessageError(f"expected a number {name!r}; the server sent {shapes(message.tensors)}")
-    return float(tensor)

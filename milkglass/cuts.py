@@ -101,10 +101,10 @@ def legal_cuts(model: nn.Module, example_x: Tensor) -> list[str]:
 def cut_costs(model: nn.Module, example_x: Tensor) -> list[CutCost]:
     """What each legal cut costs the client; `example_x` (B, ...), of which one record is used."""
     x_1 = example_x[:1]
-    whole_flops, whole_parameters = _forward_flops(model, x_1), _parameters(model)
+    whole_flops, whole_parameters = forward_flops(model, x_1), _parameters(model)
     costs = []
     for name, bottom, z_1 in _working_cuts(model, x_1):
-        flops, parameters = _forward_flops(bottom, x_1), _parameters(bottom)
+        flops, parameters = forward_flops(bottom, x_1), _parameters(bottom)
         shape = tuple(z_1.shape[1:])
         costs.append(
             CutCost(
@@ -258,7 +258,8 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _forward_flops(module: nn.Module, x_1: Tensor) -> int:
+def forward_flops(module: nn.Module, x_1: Tensor) -> int:
+    """FLOPs of one forward pass of one record, `x_1` (1, ...): matrix products and convolutions only."""
     with _at_rest(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(x_1)
     return int(counter.get_total_flops())

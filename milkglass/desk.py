@@ -26,6 +26,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from milkglass.defenses.protection import Protection
 from milkglass.errors import MessageError
 from milkglass.handover import average
 from milkglass.hop import Hop
@@ -45,6 +46,7 @@ class Desk:
     servers: for each client the server that trains with it: one and the same, or in splitfed1 one each. public: draws
     the order in splitfed2. axis: along which vertical activations are joined. In vertical training the first client
     holds the labels; the others learn no loss. hop: where this server is one in the middle of the way, the rest of it.
+    protection: what hides labels in the gradients of owners who have none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Desk:
         public: Source,
         axis: int = 1,
         hop: Hop | None = None,
+        protection: Protection | None = None,
     ) -> None:
         self.servers = dict(servers)
         self.clients = list(servers)
@@ -63,6 +66,7 @@ class Desk:
         self._public = public
         self._axis = axis
         self._hop = hop
+        self._protection = protection
         self._alone = len(self.clients) == 1
         self._name = next(iter(servers.values())).name
         self._asked: Server | None = None  # answers queries, once an epoch is over
@@ -250,7 +254,10 @@ class Desk:
         answers: list[Addressed] = []
         for client, gradient in zip(self.clients, gradients, strict=True):
             told_all = dict(answer.tensors) if client == self.clients[0] else {}
-            tensors = {**told_all, "gradient": gradient.contiguous()}
+            safe = gradient.contiguous()
+            if client != self.clients[0] and self._protection is not None:
+                safe = self._protection.protect(client, safe, first.tensors["labels"])
+            tensors = {**told_all, "gradient": safe}
             answers.append((client, Message("gradients", self._name, first.step, tensors, first.piece, first.pieces)))
         return answers
 
@@ -348,6 +355,8 @@ class Desk:
         }
         for index, server in enumerate(self._different()):
             state |= {f"server{index}.{name}": tensor for name, tensor in server.state().items()}
+        if self._protection is not None:
+            state |= {f"protection.{name}": tensor for name, tensor in self._protection.state().items()}
         if self._asked is not None:
             state |= {f"asked.{name}": tensor for name, tensor in self._asked.weights().items()}
         state |= {f"left.{round_}.{self.clients.index(name)}": t for (round_, name), t in self._left.items()}
@@ -360,6 +369,8 @@ class Desk:
         self._done = dict(zip(self.clients, state["done"].tolist(), strict=True))
         self._batches = {c: n for c, n in zip(self.clients, state["batches"].tolist(), strict=True) if n}
         self._gone = {client for client, gone in zip(self.clients, state["gone"].tolist(), strict=True) if gone}
+        if self._protection is not None:
+            self._protection.load_state(_below("protection.", state))
         for index, server in enumerate(self._different()):
             server.load_state(_below(f"server{index}.", state))
         asked = _below("asked.", state)

@@ -71,16 +71,19 @@ def chart(
     across: str = "epoch",
     log: bool = False,
     level: tuple[float, str] | None = None,
+    foot: float | None = None,
 ) -> Chart | None:
     """Lines by name, of points (x >= 1, y); None where no y is finite. `level`: a height to compare with, and its name.
 
-    The vertical axis holds 0 unless all values are near 1.
+    The vertical axis holds `foot`; by default 0 unless all values are near 1.
     """
     finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
     if not finite:
         return None
     finite += [level[0]] if level else []
-    bottom = min(finite) if 0.5 < min(finite) <= max(finite) <= 1 else min(0.0, *finite)
+    if foot is None:
+        foot = min(finite) if 0.5 < min(finite) <= max(finite) <= 1 else 0.0
+    bottom = min([foot, *finite])
     y_values = ticks(bottom, max(finite))
     xs = sorted({x for points in series.values() for x, _ in points})
     first, last = xs[0], xs[-1]

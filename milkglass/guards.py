@@ -104,8 +104,10 @@ class ReleaseLedger:
         self._step = -1  # the last one charged
         self._rows_B = torch.zeros(0, dtype=torch.int64)  # its rows, each as often as it was charged
 
-    def charge(self, step: int, rows_B: Tensor, times: int = 1) -> None:
+    def charge(self, step: int, rows_B: Tensor, times: int = 1, *, kept: bool = False) -> None:
         """Count `times` releases of the records in these rows (B,), before they leave.
+
+        kept: what is sent of a record is always the same release, so it counts once.
 
         A step up to the last one charged costs nothing: a retry, or a resumed run, sends the same again. Raises
         EgressError, and charges nobody, where a record would be released too often, or where the last step comes again
@@ -120,6 +122,8 @@ class ReleaseLedger:
                 raise EgressError(f"step {step} was charged for other records; a step may be repeated, not replaced")
             return
         added_N = torch.bincount(rows_B, minlength=len(self._counts_N))
+        if kept:
+            added_N = ((added_N > 0) & (self._counts_N == 0)).long()
         counts_N = self._counts_N + added_N
         # only those of this batch: others may be over a limit that was lowered since
         too_often = counts_N[(added_N > 0) & (counts_N > self._most)] if self._most is not None else counts_N[:0]

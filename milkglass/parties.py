@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -16,10 +16,15 @@ from milkglass.errors import MilkglassError, RunError
 from milkglass.randomness import Source, drawing_from
 
 Result = TypeVar("Result")
+Rate = Callable[[int], float]
+"""Step of a client's training, from 0 -> learning rate."""
 
 
 class Party:
-    """What both sides have: a stage with its optimizer, and a private generator that its dropout draws from."""
+    """What both sides have: a stage with its optimizer, and a private generator that its dropout draws from.
+
+    rate: the learning rate by step of the client whose batch it is, where that changes.
+    """
 
     def __init__(
         self,
@@ -28,6 +33,7 @@ class Party:
         source: Source | None,
         *,
         head: nn.Module | None = None,
+        rate: Rate | None = None,
     ) -> None:
         for part in (stage, head):
             if part is not None and any(t.device.type != "cpu" for t in (*part.parameters(), *part.buffers())):
@@ -35,8 +41,18 @@ class Party:
         self.stage = stage
         self.head = head
         self.optimizer = optimizer
+        self.rate = rate
         self.source = source or Source(os.urandom(32))
         self.generator = self.source.generator("stage")
+
+    def take_step(self, step: int) -> None:
+        """Let the optimizer go one step, at the learning rate of this step of the training."""
+        if self.optimizer is None:
+            return
+        if self.rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+        self.optimizer.step()
 
     def weights(self, *, with_optimizer: bool = False) -> dict[str, Tensor]:
         """What it has learned, as flat, named tensors, not copied; on request with what its optimizer remembers."""

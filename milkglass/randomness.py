@@ -69,11 +69,21 @@ class Source:
         """
         count = math.prod(shape)
         half = (count + 1) // 2
-        raw = torch.frombuffer(bytearray(self.read(16 * half + 16, block)), dtype=torch.int64)[: 2 * half]
-        uniform = ((raw >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
+        uniform = self._uniform(2 * half, block)
         radius = uniform[:half].log().mul_(-2).sqrt_()
         angle = uniform[half:] * (2 * math.pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].reshape(tuple(shape)).to(dtype)
+
+    def laplace(self, shape: Sequence[int], block: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Laplace numbers of mean 0 and variance 1, as `gaussian`: the inverse of their distribution function."""
+        centered = self._uniform(math.prod(shape), block) - 0.5
+        drawn = -centered.sign() * torch.log1p(-2 * centered.abs()) / math.sqrt(2)
+        return drawn.reshape(tuple(shape)).to(dtype)
+
+    def _uniform(self, count: int, block: int) -> Tensor:
+        """`count` float64 numbers strictly between 0 and 1, each of 53 bits."""
+        raw = torch.frombuffer(bytearray(self.read(8 * count + 16, block)), dtype=torch.int64)[:count]
+        return ((raw >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
 
 
 def public_source(seed: int) -> Source:

@@ -15,17 +15,17 @@ from typing import Any, Final, Self, final
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from milkglass.defense_sections import Defense, Section
 from milkglass.errors import RecipeError, nearest
 from milkglass.sections import (
     Attacker,
     ClientSection,
     Cut,
     Data,
-    Defense,
+    FrontierSection,
     Guard,
     Network,
     Parties,
-    Section,
     ServerSection,
     Training,
     Vertical,
@@ -54,9 +54,32 @@ class Recipe(Section):
     client: ClientSection = Field(default_factory=ClientSection)
     server: ServerSection = Field(default_factory=ServerSection)
     attacker: Attacker = Field(default_factory=Attacker)
+    frontier: FrontierSection | None = Field(None, description="What `milkglass frontier` sweeps.")
     versions: dict[str, str] = Field(
         default_factory=dict, description="Written into the run folder for the reader: the packages that made the run."
     )
+
+    @model_validator(mode="after")
+    def _defenses_fit_the_way(self) -> Self:
+        if self.parties.is_vertical and (self.defense.channel is not None or self.defense.adversary is not None):
+            raise ValueError(
+                "defense.channel and defense.adversary go with whole records, not with parties.mode vertical"
+            )
+        if self.defense.labels is not None and self.cut.back_at is None and not self.parties.is_vertical:
+            raise ValueError(
+                "defense.labels protects labels that stay with a client, and here the server is sent them; expected "
+                "cut.back_at (U-shaped) or parties.mode vertical"
+            )
+        if self.training.at_home and (self.parties.is_vertical or self.parties.hops or len(self.parties.clients) > 1):
+            raise ValueError("training.at_home is for one client without hops: it trains the whole network by itself")
+        if self.network.start is not None and (self.parties.is_vertical or self.parties.hops):
+            raise ValueError("network.start goes with one cut of whole records, not with parties.hops or mode vertical")
+        if self.training.client_learns != "all" and self.network.start is None:
+            raise ValueError(
+                f"training.client_learns is {self.training.client_learns}, so the client keeps the weights it begins "
+                "with; network.start must say which"
+            )
+        return self
 
     @model_validator(mode="after")
     def _penalties_fit_batches(self) -> Self:
@@ -87,7 +110,7 @@ class Recipe(Section):
 
     def undefended(self) -> Recipe:
         """The same recipe without a defense or a guard: the reference that tells what a server is entitled to."""
-        free = self.client.model_copy(update={"most_releases": None, "leakage": None})
+        free = self.client.model_copy(update={"most_releases": None, "leakage": None, "keep_releases": False})
         return self.model_copy(update={"defense": Defense(), "guard": Guard(), "client": free})
 
     def agreed(self) -> dict[str, Any]:
@@ -96,16 +119,27 @@ class Recipe(Section):
         if not self.data.sensitive:
             local.add("sensitive")  # a recipe from before there was the key keeps its digest
         agreed = self.model_dump(mode="json", exclude={**dict.fromkeys(LOCAL, True), "data": local})
-        for section, key, default in (
+        defaults: tuple[tuple[str, str, object], ...] = (
             ("cut", "back_at", None),
             ("cut", "hops", []),
             ("parties", "hops", []),
             ("training", "micro_batches", 1),
             ("parties", "mode", "relay"),
             ("parties", "vertical", Vertical().model_dump(mode="json")),
-        ):  # the same for these
+            ("training", "client_learns", "all"),
+            ("training", "at_home", False),
+            ("training", "decay_steps", None),
+            ("network", "start", None),
+            *(("defense", name, None) for name in _LATER_DEFENSES),
+            ("defense", "certified", False),
+        )
+        for section, key, default in defaults:  # the same for these
             if agreed[section][key] == default:
                 del agreed[section][key]
+        if self.network.start is not None:
+            agreed["network"]["start"] = True  # where it lies is each party's own business
+        if self.defense.noise is not None and self.defense.noise.kind == "gaussian":
+            del agreed["defense"]["noise"]["kind"]
         if self.wire.compress == "none":
             del agreed["wire"]
         return agreed
@@ -119,7 +153,8 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-LOCAL: Final = ("versions", "guard", "client", "server")
+_LATER_DEFENSES: Final = ("clipping", "channel", "learned_noise", "adversary", "entropy", "labels")
+LOCAL: Final = ("versions", "guard", "client", "server", "frontier")
 """Sections that are no part of what is agreed."""
 SMALLEST_PENALIZED_BATCH: Final = 4  # the bias-corrected estimate divides by n (n - 3)
 
@@ -242,10 +277,10 @@ def _set(tables: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
-    data = tables.get("data")
-    for key in ("path", "test_path"):
-        if isinstance(data, dict) and isinstance(data.get(key), str):
-            data[key] = str((folder / data[key]).resolve())
+    for section, key in (("data", "path"), ("data", "test_path"), ("network", "start")):
+        table = tables.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str((folder / table[key]).resolve())
 
 
 def _one_line(error: ValidationError) -> str:

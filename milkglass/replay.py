@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milkglass.client import Client
-from milkglass.cuts import check_stages, cut
 from milkglass.data import Deal, Records
-from milkglass.defenses.noise import Noise
+from milkglass.defenses.certificate import Certificate, ReleaseCheck, check_releases
 from milkglass.errors import AuditError, HijackError, MilkglassError, RunError
 from milkglass.messages import Responder
-from milkglass.networks import build
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe, first_difference
 from milkglass.runs import RunFolder
 from milkglass.sightings import InTwoHalves, Seen, Watch
 from milkglass.training.evaluate import BATCH
-from milkglass.training.setup import crossing_shapes
+from milkglass.training.setup import crossing_shapes, network_parts
 from milkglass.training.split import (
     Progress,
     Setup,
@@ -43,6 +41,7 @@ from milkglass.training.split import (
     train,
     transport_to,
 )
+from milkglass.training.summary import certificate_of
 from milkglass.transcript import (
     Driven,
     Exposure,
@@ -57,19 +56,26 @@ from milkglass.transcript import (
 )
 
 RELEASES_WHEN_REPEATED: Final = 10
+RECORDS_CHECKED: Final = 256
+"""On releases of so many test records it is checked whether what is sent agrees with the certificate."""
 VALUES_TRAINED_ON: Final = 4096
 """Of what the server saw over all epochs, so many values a record are attacked: means over groups of epochs."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The trials of a run, one per exposure, and how good the reference is that tells what is entitled (0..1)."""
+    """The trials of a run, one per exposure; how good the reference is that tells what is entitled (0..1).
+
+    certificate: of the client's defenses, None where they have none; check: whether releases agree with it.
+    """
 
     trials: tuple[Trial, ...]
     defense: str
     reference_accuracy: float
     membership: MembershipTrial | None = None
     notes: tuple[str, ...] = ()
+    certificate: Certificate | None = None
+    check: ReleaseCheck | None = None
 
 
 def find_reference(run: RunFolder, named: Path | None = None, progress: Progress | None = None) -> RunFolder:
@@ -77,7 +83,7 @@ def find_reference(run: RunFolder, named: Path | None = None, progress: Progress
 
     Raises RunError if the one named is defended, or made from another recipe; AuditError for one not replayed.
     """
-    _check_replayable(run.recipe)  # before a reference is trained for it
+    check_replayable(run.recipe)  # before a reference is trained for it
     undefended = run.recipe.undefended()
     if named is not None:
         reference = RunFolder.open_finished(named)
@@ -88,21 +94,28 @@ def find_reference(run: RunFolder, named: Path | None = None, progress: Progress
         return reference
     if run.recipe.digest() == undefended.digest():
         return run
-    made_from = hashlib.sha256(f"{undefended.digest()} {run.records_digest}".encode()).hexdigest()
+    began_with = undefended.network.start or ""
+    made_from = hashlib.sha256(f"{undefended.digest()} {run.records_digest}{began_with}".encode()).hexdigest()
     path = run.path.resolve().parent / f"reference-{made_from[:12]}"
     train(undefended, path, resume=True, progress=progress)
     return RunFolder.open_finished(path)
 
 
 def replay(
-    run: RunFolder, reference: RunFolder, *, trained_on: bool = False, progress: Progress | None = None
+    run: RunFolder,
+    reference: RunFolder,
+    *,
+    repeated: bool = True,
+    trained_on: bool = False,
+    progress: Progress | None = None,
 ) -> Replay:
     """Release the attacker's, the validation and the test records anew, with the run's weights and defenses.
 
     Noise is drawn anew too, under a key of the audit's own. Exposures: `fresh`, one release of each record; where
     releases differ, `repeated`, ten of each; and, if asked for, `trained-on`, which replays the whole training.
+    Without repeated the second is left out, and a note says so.
     """
-    _check_replayable(run.recipe)
+    check_replayable(run.recipe)
     with computing_with(run.recipe.threads):
         setup = load_parties(run)
         entitled = _entitlement(load_parties(reference))
@@ -112,9 +125,13 @@ def replay(
         notes: list[str] = []
         if not _is_rehearsal(run):
             notes.append("the client's key is not at hand: a training that is replayed is another client's")
-        if random:
+        if random and repeated:
             trials.append(_trial(setup, entitled, knowledge, "repeated", RELEASES_WHEN_REPEATED))
-        if trained_on and len(run.recipe.parties.clients) > 1:
+        elif random:
+            notes.append("repeated: left out, as asked; ten releases of a record tell more than one")
+        if run.recipe.training.at_home:
+            notes.append("trained-on: none, for all was trained at home; the server got its stage, and no messages")
+        elif trained_on and len(run.recipe.parties.clients) > 1:
             notes.append(
                 "trained-on: not attacked, for a training of several clients is not replayed; what the server saw of "
                 "the private records over all epochs may tell more than is told here"
@@ -128,7 +145,22 @@ def replay(
         notes.append("membership: not attacked, for the server has neither labels nor the network's last part")
     else:
         membership = _membership(setup, knowledge)
-    return Replay(tuple(trials), setup.defense, reference.accuracy, membership=membership, notes=tuple(notes))
+    certified, check, why_not = _certified(setup)
+    notes += why_not
+    return Replay(tuple(trials), setup.defense, reference.accuracy, membership, tuple(notes), certified, check)
+
+
+def _certified(setup: Setup) -> tuple[Certificate | None, ReleaseCheck | None, list[str]]:
+    """The certificate of the run's defenses, and what releases say of it; or why there is none."""
+    if not setup.client.defenses:
+        return None, None, []
+    try:
+        claimed = certificate_of(setup.recipe, setup.client, setup.records.record_shape, setup.records.classes)
+    except AuditError as error:
+        return None, None, [str(error)]
+    x, times = setup.records.test.x[:RECORDS_CHECKED], range(RELEASES_WHEN_REPEATED)
+    repeats = torch.stack([setup.client.release(x, fresh=True) for _ in times])
+    return claimed, check_releases(repeats, claimed), []
 
 
 def load_parties(run: RunFolder) -> Setup:
@@ -156,8 +188,7 @@ def release_all(client: Client, x: Tensor) -> Tensor:
 def drive(recipe: Recipe, records: Deal, private: Source, server: Responder, steps: int) -> Driven:
     """Train the real client from its first weights against `server`, for so many batches, defenses and guards on.
 
-    Where the client stops on its own, it is as far as it came. Then it releases the validation and the test records,
-    once each.
+    Where the client stops on its own, it is as far as it came. Then it releases validation and test records, once each.
     """
     recipe = _in_one_piece(recipe)
     setup = set_up(recipe, private, records=records)
@@ -201,11 +232,8 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
     private = _first_key(run)
 
     def architecture(generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        network = recipe.network
-        model = build(network.name, records.record_shape, records.classes, network.settings, generator)
-        halves = cut(model, at=recipe.cut.at)
-        check_stages(*halves)
-        return halves.bottom, halves.top
+        parts = network_parts(recipe, records.record_shape, records.classes, generator)
+        return parts.bottom, parts.middle if parts.head is None else nn.Sequential(parts.middle, parts.head)
 
     def honest_server() -> HonestServer:
         return set_up(recipe, private, records=records).server
@@ -215,8 +243,8 @@ def _knowledge(run: RunFolder, setup: Setup) -> Knowledge:
         for name, tensor in part.state_dict().items():
             weights.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return Knowledge(
-        client=stage,
-        noise_sigma=sum(d.sigma**2 for d in setup.client.defenses if isinstance(d, Noise)) ** 0.5,
+        client=setup.client.noise_free,
+        noise_sigma=sum(defense.noise_sigma**2 for defense in setup.client.defenses) ** 0.5,
         penalty=setup.client.penalty,
         stride=_stride(recipe),
         architecture=architecture,
@@ -311,8 +339,7 @@ def _trained_on(
     setup = set_up(recipe, _first_key(run), records=records)
     part = records.train[name]
     first = part.x[: min(len(part), len(records.test))]
-    epochs = recipe.training.epochs
-    watch = Watch(setup.server)
+    epochs, watch = recipe.training.epochs, Watch(setup.server)
     shapes = crossing_shapes(recipe, records.record_shape, records.classes)
     setup.client.transport = transport_to(watch, recipe, shapes, name)
     owned = (records.auxiliary, records.validation)
@@ -349,7 +376,7 @@ def _trained_on(
     return Trial(view, of.x, of.attributes), note
 
 
-def _check_replayable(recipe: Recipe) -> None:
+def check_replayable(recipe: Recipe) -> None:
     """Raise AuditError for a way of training whose views are not made yet."""
     if recipe.parties.is_vertical or recipe.parties.hops:
         way = "vertical" if recipe.parties.is_vertical else "multi-hop"

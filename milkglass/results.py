@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -132,6 +132,40 @@ class Inference(_File):
     details: dict[str, float] = {}
 
 
+class BoundFigures(_File):
+    """What is proved of any attack of a kind. kind: "lower", some attacker does so well; "upper", nobody does better."""
+
+    measure: str
+    kind: Literal["lower", "upper"]
+    name: str = ""
+    value: float
+    low: float | None = None
+    exposure: str = "fresh"
+    words: str
+
+
+class ReleaseCheckFigures(_File):
+    """Whether what was sent agrees with a certificate. sigma: of the noise; longest: the largest norm of a record's
+    mean release; p_noise, p_clip: how likely these are if it is true."""
+
+    sigma: float
+    longest: float
+    p_noise: float
+    p_clip: float
+    agrees: bool
+
+
+class CertificateFigures(_File):
+    """What one release tells at most, whatever the attack. Lower bits = less can be told."""
+
+    dimensions: int
+    clip: float
+    sigma: float
+    bits_per_release: float
+    words: tuple[str, ...]
+    check: ReleaseCheckFigures | None = None
+
+
 class AttackCurve(_File):
     """How one attack does with fewer pairs. Lower mse, higher peek = more leakage."""
 
@@ -161,6 +195,8 @@ class AuditFigures(_File):
     controls: dict[str, Control]
     attacks: tuple[AttackFigures, ...]
     inferences: tuple[Inference, ...] = ()
+    bounds: tuple[BoundFigures, ...] = ()
+    certificate: CertificateFigures | None = None
     curves: tuple[AttackCurve, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     best_attack: str

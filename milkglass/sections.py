@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, final
+from typing import Annotated, Any, Final, Literal, Self, final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from milkglass.defense_sections import Section
+from milkglass.errors import nearest
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 PartyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-
-
-class Section(BaseModel):
-    """A table of the recipe: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @final
@@ -89,6 +86,11 @@ class Network(Section):
     settings: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the network's factory, such as `{ width = 16 }`."
     )
+    start: str | None = Field(
+        None,
+        description="A finished run folder whose weights this one begins with: a network trained at home that is to be "
+        "defended now. Relative to the recipe; each party names its own.",
+    )
 
 
 @final
@@ -107,33 +109,6 @@ class Cut(Section):
         description="U-shaped: the name of the server's last layer. What is behind it, labels and loss stay with the "
         "client. Default: the server has the rest of the network, and is sent the labels.",
     )
-
-
-@final
-class NoPeekDefense(Section):
-    """Distance correlation between records and activations as a penalty (Vepakomma et al. 2020)."""
-
-    weight: float = Field(1.0, ge=0, description="Weight of the penalty beside the cross-entropy, which has weight 1.")
-    estimator: Literal["biased", "unbiased", "linear"] = Field(
-        "biased",
-        description="`biased`: distance correlation as in the paper. `unbiased`: its bias-corrected square. "
-        "`linear`: the squared-distance variant (square root of linear CKA), a baseline.",
-    )
-
-
-@final
-class NoiseDefense(Section):
-    """Gaussian noise on every activation that leaves the client, in training and in inference."""
-
-    sigma: float = Field(gt=0, description="Standard deviation of the noise, in the activations' own unit.")
-
-
-@final
-class Defense(Section):
-    """What the client does to show less. Several add up: noise first, then penalties on what will be sent."""
-
-    nopeek: NoPeekDefense | None = Field(None, description="NoPeek's penalty; leave the table out for none.")
-    noise: NoiseDefense | None = Field(None, description="Gaussian noise; leave the table out for none.")
 
 
 @final
@@ -170,6 +145,12 @@ class Training(Section):
     batch_size: int = Field(64, ge=1, description="Records in a batch.")
     optimizer: Literal["sgd", "adam"] = Field("adam", description="The optimizer of each party.")
     learning_rate: float = Field(1e-3, gt=0, description="Its learning rate.")
+    decay_steps: int | None = Field(
+        None,
+        ge=1,
+        description="The learning rate falls to 0 over so many batches of a client, by half a cosine; default: it "
+        "stays. All of a training are epochs times batches an epoch.",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum; read by `sgd` alone.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     micro_batches: int = Field(
@@ -178,6 +159,16 @@ class Training(Section):
         le=64,
         description="In how many pieces of equal size a batch goes out, so that client, wire and server overlap; must "
         "divide batch_size.",
+    )
+    client_learns: Literal["all", "ends", "nothing"] = Field(
+        "all",
+        description="`ends`: the client's stage keeps the weights of `network.start`, and only what defenses add to it "
+        "learns. `nothing`: all of it stays, and the server alone learns.",
+    )
+    at_home: bool = Field(
+        False,
+        description="All is trained at the client's own site, and the server's stage handed over for inference alone: "
+        "an audit then has no messages of a training to attack.",
     )
     drop_last_batch: bool = Field(True, description="Leave out the last, shorter batch of an epoch in training.")
 
@@ -285,6 +276,16 @@ class ClientSection(Section):
     most_releases: int | None = Field(
         None, ge=1, description="Stop before a record is sent more often than this in training; default: no limit."
     )
+    keep_releases: bool = Field(
+        False,
+        description="While its stage does not change, the client sends the same noise for the same record: whoever "
+        "asks again learns nothing more.",
+    )
+    most_queries: int | None = Field(
+        None,
+        ge=1,
+        description="`predict` stops before a record is released afresh more often than this; default: no limit.",
+    )
     leakage: LeakageLimit | None = Field(None, description="A limit on measured dependence; leave it out for none.")
     patience_seconds: float = Field(600, gt=0, description="How long to try to reach a server that is away.")
     answer_seconds: float = Field(300, gt=0, description="How long to await an answer of a server that is there.")
@@ -315,3 +316,48 @@ class Attacker(Section):
     validation_share: float = Field(
         0.1, ge=0, lt=1, description="The share on which attacks are chosen and weighted; 0 like `auxiliary_share`."
     )
+
+
+FAMILIES: Final = (
+    *("none", "recipe", "nopeek", "noise", "channel", "channel_entropy", "channel_nopeek"),
+    *("adversary", "learned_noise", "random_projection", "pca"),
+)
+"""Families of defenses that `milkglass frontier` knows; `none` and `recipe` have no strength."""
+
+
+@final
+class FrontierSection(Section):
+    """What `milkglass frontier` sweeps: no part of what is agreed, and of no other command."""
+
+    families: tuple[str, ...] | None = Field(
+        None,
+        description=f"Families of defenses: {', '.join(f'`{name}`' for name in FAMILIES)}. Default: all that the "
+        "recipe allows. What a family needs beside its strength it takes from the recipe's own `defense` table.",
+        strict=False,
+    )
+    strengths: dict[str, list[Annotated[float, Field(gt=0)]]] = Field(
+        default_factory=dict,
+        description="By family the strengths to begin with, such as `{ channel = [0.1, 0.3] }` (its sigma): a weight, "
+        "or a sigma. Default: a grid of the family's own.",
+    )
+    bisections: int = Field(
+        2,
+        ge=0,
+        le=8,
+        description="So often, after the grid, strengths between two neighbours are tried: with a budget those between "
+        "which it is met, in every family; else those with the widest gap in peek.",
+    )
+
+    @model_validator(mode="after")
+    def _families_are_known(self) -> Self:
+        for name in (*(self.families or ()), *self.strengths):
+            if name not in FAMILIES:
+                raise ValueError(f"no family of defenses is called {name!r}; {nearest(name, FAMILIES)}")
+        if self.families is not None and len(set(self.families)) < len(self.families):
+            raise ValueError(f"families names one twice: {', '.join(self.families)}")
+        for name, strengths in self.strengths.items():
+            if name in FAMILIES[:2]:
+                raise ValueError(f"strengths: the family {name!r} has none to set")
+            if not strengths or len({f"{strength:g}" for strength in strengths}) < len(strengths):
+                raise ValueError(f"strengths of {name}: {strengths}; expected different numbers, one at least")
+        return self

@@ -22,7 +22,7 @@ from milkglass.codec import shapes
 from milkglass.errors import MessageError, MilkglassError
 from milkglass.guards import finite
 from milkglass.messages import Message
-from milkglass.parties import Party
+from milkglass.parties import Party, Rate
 from milkglass.randomness import Source
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ class Server(Party):
 
     loss: None for U-shaped training. cut_shape: of one record's activations (without the batch), where it is agreed on
     beforehand; else the first message sets it. classes: K, where it is known: then labels are checked before anything
-    is computed.
+    is computed. rate: the learning rate by step, where it changes.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class Server(Party):
         loss: Loss | None = F.cross_entropy,
         cut_shape: tuple[int, ...] | None = None,
         classes: int | None = None,
+        rate: Rate | None = None,
         name: str = "server",
         source: Source | None = None,
     ) -> None:
-        super().__init__(stage, optimizer, source)
+        super().__init__(stage, optimizer, source, rate=rate)
         self.name = name
         self.sharing: Sharing | None = None
         self._loss = loss
@@ -264,5 +265,4 @@ class Server(Party):
         if self.sharing is not None:
             self.sharing.step()  # first: where it fails, the step is half done, and no state to keep
         self._begun = self._ended = 0
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.take_step(message.step)

@@ -16,7 +16,9 @@ RECONSTRUCTION_MEASURES: Final = ("peek", "match", "ssim", "psnr_db")
 """Of the best attack on the worst exposure. Higher = more leaks, in all of them."""
 MATCHING: Final = "matching"
 MEMBERSHIP_MEASURES: Final = ("membership.auc", "tpr@1%", "tpr@0.1%")
-MEASURES: Final = (*RECONSTRUCTION_MEASURES, MATCHING, *MEMBERSHIP_MEASURES)
+BITS: Final = "bits"
+"""What one release tells at most, by its certificate."""
+MEASURES: Final = (*RECONSTRUCTION_MEASURES, MATCHING, *MEMBERSHIP_MEASURES, BITS)
 _ONE: Final = re.compile(r"\s*([A-Za-z][\w.@%-]*)\s*<=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
@@ -42,7 +44,7 @@ def parse_budget(text: str) -> Mapping[str, float]:
 
 
 def _most(name: str) -> float:
-    return 120.0 if name == "psnr_db" else 1.0
+    return {"psnr_db": 120.0, BITS: 1e6}.get(name, 1.0)
 
 
 def check_budget(budget: Mapping[str, float], measured: Sequence[str]) -> None:

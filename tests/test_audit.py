@@ -20,10 +20,11 @@ from milkglass.attacks.ridge import Ridge, fit_ridge
 from milkglass.attacks.suite import STRENGTHS, attacks_of, attribute_probes, membership_attacks
 from milkglass.audit import Audit, audit
 from milkglass.audit_work import Left, Work
+from milkglass.defenses.certificate import ReleaseCheck, certificate
 from milkglass.errors import AuditError, MissingKnowledgeError
 from milkglass.inference import InferenceScore, Skipped
 from milkglass.kept import Kept
-from milkglass.transcript import Pairs, Release, Trial, View
+from milkglass.transcript import Knowledge, MembershipTrial, MembershipView, Pairs, Release, Trial, View
 
 QUICK: tuple[Attack, ...] = (MeanRecord(), Ridge(), KernelRidge(), Decoder(steps=20, width=8))
 COUNT, CLASSES = 600, 4
@@ -127,7 +128,7 @@ def test_the_file_has_the_keys_that_readers_expect(half: Audit) -> None:
     held = json.loads(json.dumps(half.to_dict(), allow_nan=False))
     assert set(held) == {
         "peek", "measures", "exposures", "verdict", "budget", "strength", "best_attack", "error_entitled", "controls",
-        "pictures_of", "certificate", "attacks", "inferences", "curves", "skipped", "notes",
+        "pictures_of", "certificate", "attacks", "inferences", "bounds", "curves", "skipped", "notes",
     }  # fmt: skip
     assert held["peek"] == held["exposures"]["fresh"] == {
         "value": half.peek.value, "low": half.peek.low, "high": half.peek.high,
@@ -138,7 +139,41 @@ def test_the_file_has_the_keys_that_readers_expect(half: Audit) -> None:
     }  # fmt: skip
     assert set(held["controls"]["gaussian"]) == {"value", "limit", "passed"}
     assert held["certificate"] is None
+    assert held["bounds"] == []
     assert held["attacks"][4]["peek"] == half.attacks[4].peek.value
+
+
+def test_bounds_stand_beside_what_was_guessed() -> None:
+    draws, classes_T = generator(4), torch.arange(120) % CLASSES
+    # the server's logits: of members sure of the label, of others not
+    logits_TK = 6.0 * torch.nn.functional.one_hot(classes_T, CLASSES) * (torch.arange(120) < 60)[:, None]
+    own_NK, classes_N = torch.randn(40, CLASSES, generator=draws), torch.arange(40) % CLASSES
+    members = MembershipTrial(
+        MembershipView(
+            Release(logits_TK + torch.randn(120, CLASSES, generator=draws), torch.zeros(120, 0), classes_T),
+            Pairs(own_NK, own_NK, torch.zeros(40, 0), classes_N),
+            Knowledge(server=torch.nn.Identity()),
+        ),
+        torch.arange(120) < 60,
+    )
+    trials = [trial_of(torch.randn(COUNT, 4, generator=draws), exposure) for exposure in ("fresh", "trained-on")]
+    claimed = certificate(4, 1.0, 2.0)
+    agrees, disagrees = ReleaseCheck(2.0, 1.0, 0.5, 0.5), ReleaseCheck(1.0, 1.0, 0.0, 0.5)
+
+    def found(check: ReleaseCheck) -> Audit:
+        return audit(trials, attacks=QUICK[:2], membership=members, certificate=claimed, check=check, strength="quick")
+
+    below, above = found(agrees).bounds
+    assert (below.measure, below.kind) == ("membership", "lower")
+    area = max(row.value for row in found(agrees).inferences if row.measure == "membership.auc")
+    assert below.low is not None
+    assert 0.6 < below.low < below.value <= area
+    # of training records the client's stage is not independent, so its certificate says nothing of them one by one
+    assert (above.measure, above.kind, above.exposure, above.low) == ("attribute", "upper", "fresh", None)
+    assert 0.5 < above.value < 1
+    assert [bound.kind for bound in found(disagrees).bounds] == ["lower"]  # what is void rules nothing out
+    assert found(disagrees).verdict == "inconclusive"
+    json.dumps(found(agrees).to_dict(), allow_nan=False)
 
 
 def test_pictures_are_the_first_targets_and_their_reconstructions(half: Audit) -> None:

@@ -8,9 +8,17 @@ import sys
 import milkglass
 
 NAMES = {
+    "Adversary",
     "Audit",
+    "Certificate",
+    "Channel",
     "Client",
+    "Clipping",
+    "ConditionalEntropy",
+    "LearnedNoise",
     "LocalTransport",
+    "Marvell",
+    "MaxNorm",
     "Message",
     "MilkglassError",
     "NoPeek",
@@ -25,6 +33,7 @@ NAMES = {
     "Trial",
     "View",
     "audit",
+    "certify",
     "cut",
     "distance_correlation",
     "distance_correlation_sqr",

@@ -80,6 +80,16 @@ def test_the_level_stands_at_its_height_and_inside_the_box() -> None:
     assert "answer alone: 0.300" in above.words
 
 
+def test_the_axis_holds_its_foot_and_what_lies_below() -> None:
+    def lowest(*values: float) -> str:
+        points = list(enumerate(values, start=1))
+        return drawn(chart("Success", "", {"a": points}, foot=0.5)).y_ticks[0][1]
+
+    assert lowest(0.7, 0.9) == "0.5"
+    assert lowest(0.5, 0.9) == "0.5"
+    assert float(lowest(0.45, 0.9)) <= 0.45
+
+
 def test_a_line_is_broken_where_a_value_is_no_number() -> None:
     made = drawn(chart("Loss", "", {"a": [(1, 3.0), (2, math.nan), (3, 2.0), (4, 1.0)]}))
     assert made.lines[0][1].count("M") == 2

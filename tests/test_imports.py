@@ -24,14 +24,20 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "compare": ("training", "replay", "audit", "private"),
     "sightings": ("messages",),
     "replay": ("sightings", "client", "server", "training", "runs", "data", "defenses", "attacks", "transcript"),
+    "frontier_files": ("frontier", "frontier_figure", "audit_files"),
+    "frontier_figure": ("frontier", "figures"),
+    "frontier": ("recipe", "verdict"),
+    "bounds_files": ("bounds", "bounds_figure", "replay", "results", "verdict"),
+    "bounds_figure": ("figures",),
     "audit_files": ("audit", "kept", "recorded", "replay", "verdict"),
-    "audit": ("audit_work", "findings", "inference", "self_test", "verdict"),
+    "audit": ("audit_work", "bounds", "defenses", "findings", "inference", "self_test", "verdict"),
     "audit_work": ("attacks", "inference", "transcript"),
     "self_test": ("controls", "findings"),
     "findings": ("attacks", "leakage", "transcript"),
     "kept": ("attacks", "leakage", "runs", "transcript"),
     "recorded": ("transcript",),
     "verdict": ("leakage",),
+    "bounds": ("defenses", "leakage", "transcript"),
     "inference": ("attacks", "leakage", "transcript"),
     "controls": ("transcript",),
     "training": (
@@ -41,8 +47,9 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "attacks": ("transcript", "messages", "leakage", "networks"),
     "hop": ("server", "messages", "transports.base"),
     "sharding": ("server",),
-    "desk": ("handover", "hop", "linkage", "recipe", "server", "messages"),
-    "client": ("parties", "guards", "hijack", "defenses", "compression", "transports.base"),
+    "desk": ("defenses", "handover", "hop", "linkage", "recipe", "server", "messages"),
+    "client_batch": ("codec", "messages"),
+    "client": ("client_batch", "parties", "guards", "hijack", "defenses", "compression", "transports.base"),
     "server": ("parties", "guards", "codec", "messages"),
     "certificates": (),
     "logs": (),
@@ -72,21 +79,22 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "records": (),
     "networks": (),
     "recipe": ("sections",),
-    "sections": (),
+    "sections": ("defense_sections",),
+    "defense_sections": (),
     "randomness": (),
     "errors": (),
 }
 OPEN_TO_ALL = {"errors", "randomness"}
 # The command line may use every room; the public names are loaded from where they lie.
-ABOVE_ALL = {"cli", "cli_network", "__main__", ""}
-ABOVE_ATTACKS = {"parties", "client", "server", "desk", "training", "replay"}
+ABOVE_ALL = {"cli", "cli_bounds", "cli_frontier", "cli_network", "__main__", ""}
+ABOVE_ATTACKS = {"parties", "client", "client_batch", "server", "desk", "training", "replay"}
 NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transports.wrappers"}}
 
 
 def allowed(room: str) -> set[str]:
     """The rooms that this one may import."""
     if room in ABOVE_ALL:
-        return {*GRAPH, "cli", "cli_network"}
+        return {*GRAPH, "cli", "cli_bounds", "cli_frontier", "cli_network"}
     reached: set[str] = set()
     waiting = [room]
     while waiting:

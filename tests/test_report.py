@@ -563,6 +563,68 @@ def test_every_measure_stands_beside_its_budget(tmp_path: Path) -> None:
     assert "false positive rate 0.013 (0.002 to 0.034)" in page
 
 
+def certified(**check: Any) -> dict[str, Any]:
+    """What audit.json says of a certificate, and the bounds that it and a gap prove."""
+
+    def bound(measure: str, kind: str, value: float, low: float | None, words: str) -> dict[str, Any]:
+        row = {"measure": measure, "kind": kind, "name": "made up", "value": value, "low": low}
+        return row | {"exposure": "fresh", "words": words}
+
+    checked = {"sigma": 0.5, "longest": 1.9, "p_noise": 0.4, "p_clip": 1.0, "agrees": True} | check
+    return {
+        "certificate": {
+            **{"dimensions": 8, "clip": 2.0, "sigma": 0.5, "bits_per_release": 6.34, "epsilon": None, "delta": 1e-5},
+            **{"reidentification": [], "words": ["tells at most 6.34 bits <b>"], "check": checked},
+        },
+        "bounds": [
+            bound("membership", "lower", 0.58, 0.545, "members are told at least 0.545 of the time"),
+            bound("matching", "upper", 0.412, None, "nobody names the right one"),
+            bound("attribute", "upper", 1.0, None, "vacuous: enough to tell"),
+        ],
+    }
+
+
+def test_bounds_stand_beside_the_attacks_they_bound_and_the_certificate_in_its_words(tmp_path: Path) -> None:
+    run = detail(make_run(tmp_path / "run"), **certified())
+    page = render(read_results(run))
+    shown = words(page)
+    assert "membership fresh ≥ 0.545 0.510 AUC, loss threshold members are told at least 0.545 of the time" in shown
+    assert "matching fresh ≤ 0.412 – nobody names the right one" in shown
+    assert "attribute fresh vacuous – vacuous: enough to tell" in shown
+    assert shown.index("What was guessed") < shown.index("≥ 0.545") < shown.index("Can the attacks be trusted?")
+    assert "6.34 bits per release, at most tells at most 6.34 bits <b>" in shown
+    assert "6.34 bits &lt;b&gt;" in page
+    assert "8 coordinates, norm at most 2.00, noise of sigma 0.500 on each." in shown
+    assert "✓ agrees with what was sent: noise of sigma 0.500, mean releases up to 1.90 long" in shown
+    assert "Peek is no certificate." in shown
+
+
+def test_a_certificate_that_what_was_sent_speaks_against_is_called_void(tmp_path: Path) -> None:
+    run = detail(make_run(tmp_path / "run"), **certified(agrees=False, sigma=0.25))
+    shown = words(render(read_results(run)))
+    assert "✗ void: what was sent speaks against it: noise of sigma 0.250" in shown
+    assert "✓ agrees" not in shown
+    unchecked = certified()
+    unchecked["certificate"]["check"] = None
+    run = detail(make_run(tmp_path / "unchecked"), **unchecked)
+    assert "Whether what was sent agrees with it was not looked at." in words(render(read_results(run)))
+
+
+def test_bits_have_no_interval(tmp_path: Path) -> None:
+    bits = {"value": 6.34, "low": 6.34, "high": 6.34}
+    run = detail(make_run(tmp_path / "run"), measures={"bits": bits}, budget={"bits": 5.0}, **certified())
+    shown = words(render(read_results(run)))
+    assert "bits 6.34 ✗ over 5.00 What one release tells of its record at most" in shown
+    assert "The certificate's bits, 6.34, are above the budget of 5.00" in shown
+
+
+def test_without_a_certificate_the_page_says_so(tmp_path: Path) -> None:
+    shown = words(render(read_results(detail(make_run(tmp_path / "run")))))
+    assert "No certificate." in shown
+    assert "What is certified" not in shown
+    assert "what is proved of such attacks" not in shown
+
+
 def test_the_exposures_and_the_curves_are_shown(tmp_path: Path) -> None:
     page = render(read_results(detail(make_run(tmp_path / "run"))))
     shown = words(page)

@@ -1,13 +1,18 @@
-"""What every defense is: up to four hooks at the client's end of the cut. A hook not overridden does nothing."""
+"""What every defense is: a few hooks at the client's end of the cut. A hook not overridden does nothing.
+
+In the order of a batch: the client's end of the stage, `release` of each defense in the recipe's order, `penalty` on
+what will be sent; after the step `learn`. `protect` is for gradients that tell of labels.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Mapping
+from typing import Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milkglass.randomness import Source
 
@@ -26,18 +31,43 @@ class NoiseStream:
         self._source = source
         self.block = block
 
-    def gaussian_like(self, z: Tensor, purpose: str) -> Tensor:
-        """Fresh standard normal numbers in the shape and dtype of `z`; `purpose` names what they are for."""
-        content = hashlib.sha256(
-            z.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().data
-        ).hexdigest()
+    def gaussian_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Fresh standard normal numbers in the shape of `z`, and its dtype or another; `purpose` names what for."""
+        return self._bound(z, purpose).gaussian(z.shape, 0, dtype or z.dtype)
+
+    def laplace_like(self, z: Tensor, purpose: str) -> Tensor:
+        """The same, Laplace's, of variance 1."""
+        return self._bound(z, purpose).laplace(z.shape, 0, z.dtype)
+
+    def _bound(self, z: Tensor, purpose: str) -> Source:
+        content = content_digest(z)
         bound = self._source.derive(self.block, purpose, z.dtype, tuple(z.shape), content)
         self.block += 1
-        return bound.gaussian(z.shape, 0, z.dtype)
+        return bound
+
+
+def content_digest(values: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal."""
+    raw = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+class NoiseSource(Protocol):
+    """Where a defense draws its private noise; each draw is bound to the values it hides."""
+
+    def gaussian_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal numbers in the shape of `z` (B, ...)."""
+
+    def laplace_like(self, z: Tensor, purpose: str) -> Tensor:
+        """Laplace numbers of variance 1 in the shape of `z` (B, ...)."""
 
 
 class Defense(ABC):
-    """Changes what a client sends, or what it learns to send. Subclasses are final; settings in the constructor."""
+    """Changes what a client sends, or what it learns to send. Subclasses are final; settings in the constructor.
+
+    What it must learn lies in the stages, where optimizer, checkpoint and run folder find it (`client_end`,
+    `server_end`); what it learns for itself alone is in its own `state`.
+    """
 
     @abstractmethod
     def describe(self) -> str:
@@ -48,14 +78,50 @@ class Defense(ABC):
         """Whether two releases of one record differ."""
         return False
 
-    def release(self, z: Tensor, noise: NoiseStream) -> Tensor:  # noqa: ARG002
-        """What is sent in place of the activations `z` (B, ...), inside the graph."""
-        return z
+    @property
+    def noise_sigma(self) -> float:
+        """Standard deviation of the noise that a release adds to a coordinate at inference; 0 = none."""
+        return 0.0
 
-    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The weighted penalty on records `x` (B, ...) and exactly what will be sent, `z`: a scalar, or None."""
+    def client_end(self, cut_shape: tuple[int, ...]) -> nn.Module | None:  # noqa: ARG002
+        """A layer for the end of the client's stage, where activations have `cut_shape`; drawn as torch draws."""
         return None
 
-    def returned(self, dz: Tensor) -> Tensor:
-        """What the client makes of the gradient (B, ...) that the server returned."""
-        return dz
+    def server_end(self, cut_shape: tuple[int, ...]) -> nn.Module | None:  # noqa: ARG002
+        """A layer for the start of the server's stage: what the client's end gives -> activations of `cut_shape`."""
+        return None
+
+    def prepare(self, z: Tensor) -> None:  # noqa: B027
+        """Before a training: fit its client's end to the activations `z` (N, ...) of some of the client's records."""
+
+    def begin(self, x: Tensor, z: Tensor, source: Source) -> None:  # noqa: B027
+        """Before the first batch: records `x` (B, ...), and what is sent for them, `z` (B, ...), show their shapes."""
+
+    def transform(self, z: Tensor) -> Tensor:
+        """What of a release is not noise: of the activations `z` (B, ...), inside the graph."""
+        return z
+
+    def release(self, z: Tensor, noise: NoiseSource) -> Tensor:  # noqa: ARG002
+        """What is sent in place of the activations `z` (B, ...), inside the graph."""
+        return self.transform(z)
+
+    def penalty(self, x: Tensor, z: Tensor, y_B: Tensor | None = None) -> Tensor | None:  # noqa: ARG002
+        """The weighted penalty on records `x` (B, ...) and exactly what will be sent, `z`: a scalar, or None.
+
+        y_B: the records' labels, where this client has them.
+        """
+        return None
+
+    def learn(self, x: Tensor, z: Tensor) -> None:  # noqa: B027
+        """After a training batch: learn from records `x` (B, ...) and what was sent for them, `z` (B, ...)."""
+
+    def protect(self, gradient: Tensor, y_B: Tensor, noise: NoiseSource) -> Tensor:  # noqa: ARG002
+        """What is sent in place of a gradient (B, ...) that leaves who holds the labels `y_B` (B,)."""
+        return gradient
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep beside the stages: flat, named tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on where `state` was taken."""

@@ -55,7 +55,7 @@ class NoPeek(Defense):
     def describe(self) -> str:
         return f"NoPeek, weight {self.weight:g}, {self.estimator} estimator"
 
-    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
+    def penalty(self, x: Tensor, z: Tensor, y_B: Tensor | None = None) -> Tensor | None:  # noqa: ARG002
         if self.weight == 0:
             return None
         return self.weight * self._measure(x, z)

@@ -30,6 +30,7 @@ from milkglass.training.serve import (
     Form,
     agreement,
     crossing,
+    refuse_at_home,
 )
 from milkglass.training.setup import crossing_shapes, make_client
 from milkglass.training.shares import Share, deal_and_hash, owner_shapes, share_of
@@ -40,7 +41,14 @@ from milkglass.training.split import (
     digest_of,
     make_packings,
 )
-from milkglass.training.summary import cautions_in_words, client_flops, metrics_line, traffic_summary
+from milkglass.training.summary import (
+    cautions_in_words,
+    certificate_summary,
+    client_flops,
+    client_flops_share,
+    metrics_line,
+    traffic_summary,
+)
 from milkglass.transports.base import Flow
 from milkglass.transports.exactly_once import Sender
 from milkglass.transports.grpc import GrpcTransport, Log, silent
@@ -75,6 +83,7 @@ def join(
     key: the client's private key; where None is named, one is made in the run folder. shared_key: what several clients
     share and the server lacks. Raises MilkglassError, one line, before anything leaves where the recipe cannot be run.
     """
+    refuse_at_home(recipe)
     if name not in recipe.parties.clients:
         raise RecipeError(f"{name!r} is not among the recipe's clients; {nearest(name, recipe.parties.clients)}")
     if len(recipe.parties.clients) > 1 and shared_key is None:
@@ -188,7 +197,7 @@ class Joining:
 
     def finish(self, *, made_key: bool) -> dict[str, Any]:
         """The trained stage and a summary."""
-        client = self.seat.client
+        client, form = self.seat.client, self._material.form
         self.folder.write_tensors("bottom.safetensors", client.stage.state_dict())
         if client.head is not None:
             self.folder.write_tensors("head.safetensors", client.head.state_dict())
@@ -204,6 +213,8 @@ class Joining:
             "seconds": seconds,
             "seconds_per_epoch": seconds / len(self.lines),
             "client_flops_per_sample": client_flops(self.seat),
+            "client_flops_share": client_flops_share(self.recipe, form.record_shape, form.classes),
+            "certificate": certificate_summary(self.recipe, client, self.seat.share.train, form.classes),
             "seed": self.recipe.seed,
             "keys": f"the client's key {'was made for this run' if made_key else 'came from a file'}",
             "records": {"train": len(self.seat.share.train), "test": len(self.seat.share.test)},

@@ -3,7 +3,9 @@
 The same defense, egress guard and compressor are at work. Noise comes from a key that is drawn anew from the operating
 system for every prediction, and forgotten: none of it is ever used again, neither that of the training nor that of an
 earlier prediction, not even if a run folder is copied back. So each prediction of a record is a release more, and
-whoever sees many averages noise away; the ledger of releases counts the training alone.
+whoever sees many averages noise away. Two answers: with `client.keep_releases` noise follows from the record, under a
+key that stays in the run folder (`noise.key`), and a record is one release however often it is asked about; with
+`client.most_queries` a ledger (`queries.ledger`) counts, and stops.
 
 A run that was trained in one process holds both halves: there the messages go through the same codec, in this process.
 
@@ -20,7 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -32,15 +34,17 @@ from torch import Tensor
 from milkglass.certificates import Credentials
 from milkglass.client import Client
 from milkglass.errors import DataError, LinkError, RecipeError, RunError
-from milkglass.randomness import KEY_BYTES, Source, public_source
+from milkglass.randomness import KEY_BYTES, Source, public_source, read_key, write_key
 from milkglass.records import UNLABELED, RawRecords
 from milkglass.runs import RunFolder, write_beside
 from milkglass.training.answer import TOP, Answering, check_way, only, read_stage
+from milkglass.training.defended import defenses
 from milkglass.training.evaluate import BATCH
 from milkglass.training.inputs import RECORDS, form_in, read_input
 from milkglass.training.party_folder import known_run
+from milkglass.training.query_ledger import QueryLedger
 from milkglass.training.serve import Form, agreement, crossing
-from milkglass.training.setup import compressor, crossing_shapes, defenses, network_parts
+from milkglass.training.setup import compressor, crossing_shapes, network_parts
 from milkglass.training.split import computing_with, make_packings
 from milkglass.training.summary import traffic_summary
 from milkglass.transports.base import Transport
@@ -53,6 +57,8 @@ SUMMARY: Final = "predictions.json"
 SUFFIXES: Final = (".csv", ".jsonl")
 _BOTTOM: Final = "bottom.safetensors"
 _HEAD: Final = "head.safetensors"
+_KEY: Final = "noise.key"
+_LEDGER: Final = "queries.ledger"
 _FIRST_ROWS: Final = 10
 _JOURNAL_BYTES: Final = 64 << 20
 
@@ -118,7 +124,7 @@ def predict(
     form = Form(kept.shape, kept.classes, crossing_shapes(recipe, kept.shape, kept.classes))
     started = time.perf_counter()
     with computing_with(recipe.threads), _way_to_server(folder, form, address, credentials, log) as (client, between):
-        predictions = _classify(client, raw, batch, on_records, between)
+        predictions = _classify(client, raw, batch, on_records, between, _ledger(folder))
         seconds = time.perf_counter() - started
         summary = _summary(predictions, client, raw.where, seconds)
     if out is not None:
@@ -220,7 +226,8 @@ def _name(folder: RunFolder) -> str:
 
 def _client(folder: RunFolder, form: Form, name: str, transport: Transport) -> Client:
     recipe = folder.recipe
-    parts = network_parts(recipe, form.record_shape, form.classes, public_source(recipe.seed))
+    chosen = defenses(recipe)
+    parts = network_parts(recipe, form.record_shape, form.classes, public_source(recipe.seed), chosen=chosen)
     read_stage(folder, _BOTTOM, parts.bottom)
     if parts.head is not None:
         read_stage(folder, _HEAD, parts.head)
@@ -229,21 +236,43 @@ def _client(folder: RunFolder, form: Form, name: str, transport: Transport) -> C
         None,
         transport,
         head=parts.head,
-        defenses=defenses(recipe),
+        defenses=chosen,
         compressor=compressor(recipe),
+        keep_releases=recipe.client.keep_releases,
         name=name,
-        source=Source(os.urandom(KEY_BYTES)),
+        source=_kept_source(folder) if recipe.client.keep_releases else Source(os.urandom(KEY_BYTES)),
     )
 
 
+def _kept_source(folder: RunFolder) -> Source:
+    """What stays in the folder from one prediction to the next, made by the first one."""
+    path = folder.path / _KEY
+    with suppress(FileExistsError):
+        return read_key(path) if path.exists() else write_key(path)
+    return read_key(path)  # another prediction was faster
+
+
+def _ledger(folder: RunFolder) -> QueryLedger | None:
+    most = folder.recipe.client.most_queries
+    return None if most is None else QueryLedger(folder.path / _LEDGER, most, _kept_source(folder))
+
+
 def _classify(
-    client: Client, raw: RawRecords, batch: int, on_records: OnRecords, between: Callable[[], None]
+    client: Client,
+    raw: RawRecords,
+    batch: int,
+    on_records: OnRecords,
+    between: Callable[[], None],
+    ledger: QueryLedger | None,
 ) -> Predictions:
     """All records, batch by batch; a file's records are converted as their turn comes."""
     parts = []
     for start in range(0, len(raw), batch):
         rows = np.arange(start, min(start + batch, len(raw)))
-        logits_BK, _ = client.predict(raw.rows(rows))
+        x = raw.rows(rows)
+        if ledger is not None:
+            ledger.charge(x, kept=client.keeps_releases)
+        logits_BK, _ = client.predict(x)
         parts.append(logits_BK)
         between()
         on_records(int(rows[-1]) + 1, len(raw))

@@ -238,6 +238,7 @@ def serve(
     port once clients can come. SIGTERM and Ctrl-C end it with its state kept.
     Raises MilkglassError, one line, for what cannot be served.
     """
+    refuse_at_home(recipe)
     keep_freed_memory()
     with computing_with(recipe.threads):
         form = form_of(recipe)  # before the folder: what cannot be served leaves no trace
@@ -253,6 +254,14 @@ def serve(
             finally:
                 serving.close()
             return summary
+
+
+def refuse_at_home(recipe: Recipe) -> None:
+    """Raise RecipeError for a recipe that is trained in one place."""
+    if recipe.training.at_home:
+        raise RecipeError(
+            "training.at_home: `milkglass train` trains it; `serve --predict` and `predict` then part its two halves"
+        )
 
 
 def follow(recipe: Recipe) -> None:

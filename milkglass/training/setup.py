@@ -6,6 +6,7 @@ weights from the recipe's seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +19,19 @@ from milkglass.compression.base import Compressor
 from milkglass.compression.wire import compressor_of
 from milkglass.cuts import Caution, check_stages, couples_records, cut
 from milkglass.defenses.base import Defense
-from milkglass.defenses.noise import Noise
-from milkglass.defenses.nopeek import NoPeek
+from milkglass.defenses.protection import Protection
 from milkglass.desk import Desk
 from milkglass.errors import CutError, DataError, RecipeError, first_line
 from milkglass.guards import LeakageGuard, ReleaseLedger
 from milkglass.hijack import HijackGuard
 from milkglass.hop import Hop
 from milkglass.networks import build
-from milkglass.randomness import Source, public_source
+from milkglass.parties import Rate
+from milkglass.randomness import Source, drawing_from, public_source
 from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
 from milkglass.server import Server
 from milkglass.tracing import in_mode
+from milkglass.training.defended import check_classes, defenses, label_protection, prepare, start_from, with_ends
 from milkglass.training.shares import Share, owner_shapes
 from milkglass.transports.base import Transport
 
@@ -38,12 +40,14 @@ from milkglass.transports.base import Transport
 class Parts:
     """A network in the parts that parties hold: the client's first, the server's, U-shaped the client's last.
 
-    hops: those of the parties between client and server, in order.
+    bare: the first one and the one that it sends to, without what defenses add at their ends. hops: those of the
+    parties between client and server, in order.
     """
 
     bottom: nn.Module
     middle: nn.Module
     head: nn.Module | None
+    bare: tuple[nn.Module, nn.Module]
     hops: tuple[nn.Module, ...] = ()
 
 
@@ -57,23 +61,38 @@ class Shapes:
     features: tuple[int, ...]
 
 
-def network_parts(recipe: Recipe, shape: Sequence[int], classes: int, source: Source, *, owner: bool = False) -> Parts:
-    """The recipe's network for records of `shape`, drawn from `source`, and cut. owner: with the owner's settings."""
+def network_parts(
+    recipe: Recipe,
+    shape: Sequence[int],
+    classes: int,
+    source: Source | torch.Generator,
+    *,
+    owner: bool = False,
+    chosen: Sequence[Defense] | None = None,
+) -> Parts:
+    """The recipe's network for records of `shape`, drawn from `source`, cut, with its defenses' ends.
+
+    owner: with the owner's settings. chosen: the defenses that are to keep hold of their ends; by default new ones.
+    """
     network = recipe.network
     settings = {**network.settings, **recipe.parties.vertical.owner_settings} if owner else network.settings
-    model = build(network.name, tuple(shape), classes, settings, source.generator("weights"))
+    generator = source.generator("weights") if isinstance(source, Source) else source
+    model = build(network.name, tuple(shape), classes, settings, generator)
     bottom, rest = cut(model, at=recipe.cut.at)
     check_stages(bottom, rest)  # before parts of two networks are put together: afterwards nothing is shared any more
-    hops = []
-    for at in recipe.cut.hops:
-        hop, rest = cut(rest, at=at)
-        check_stages(hop, rest)
-        hops.append(hop)
-    if recipe.cut.back_at is None:
-        return Parts(bottom, rest, None, tuple(hops))
-    middle, head = cut(rest, at=recipe.cut.back_at)
-    check_stages(middle, head)
-    return Parts(bottom, middle, head)
+    stages = [rest]
+    for at in (*recipe.cut.hops, *(() if recipe.cut.back_at is None else (recipe.cut.back_at,))):
+        before, behind = cut(stages.pop(), at=at)
+        check_stages(before, behind)
+        stages += [before, behind]
+    bare = bottom, stages[0]
+    with drawing_from(generator):
+        bottom, stages[0] = with_ends(
+            bottom, stages[0], _output(bottom, shape), defenses(recipe) if chosen is None else chosen
+        )
+    if recipe.cut.back_at is not None:
+        return Parts(bottom, stages[0], stages[1], bare)
+    return Parts(bottom, stages[-1], None, bare, tuple(stages[:-1]))
 
 
 def crossing_shapes(recipe: Recipe, shape: Sequence[int], classes: int) -> Shapes:
@@ -111,16 +130,6 @@ def join_axis(recipe: Recipe, shape: Sequence[int]) -> int:
     return recipe.parties.vertical.axis or (1 if len(shape) == 1 else 2)
 
 
-def defenses(recipe: Recipe) -> list[Defense]:
-    """The client's defenses, in the order in which they act."""
-    chosen: list[Defense] = []
-    if recipe.defense.noise is not None:
-        chosen.append(Noise(recipe.defense.noise.sigma))
-    if recipe.defense.nopeek is not None:
-        chosen.append(NoPeek(recipe.defense.nopeek.weight, recipe.defense.nopeek.estimator))
-    return chosen
-
-
 def compressor(recipe: Recipe) -> Compressor:
     """What the wire does to activations and gradients."""
     return compressor_of(recipe.wire.compress, recipe.wire.topk_share)
@@ -135,7 +144,9 @@ def make_client(
     """
     owner = recipe.parties.is_vertical
     shape = share.train.x.shape[1:]
-    own = network_parts(recipe, shape, classes, private, owner=owner)
+    check_classes(recipe, classes)
+    chosen = defenses(recipe)
+    own = network_parts(recipe, shape, classes, private, owner=owner, chosen=chosen)
     public = network_parts(recipe, shape, classes, public_source(recipe.seed), owner=owner)
     cautions = check_stages(own.bottom, public.middle)
     held = [part for part in (own.bottom, public.middle, own.head) if part is not None]
@@ -149,6 +160,13 @@ def make_client(
                 "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
             )
         )
+    if recipe.network.start is not None:
+        start_from(recipe.network.start, "bottom.safetensors", own.bare[0], own.bottom)
+        if own.head is not None:
+            start_from(recipe.network.start, "head.safetensors", own.head, own.head)
+    prepare(chosen, own.bare[0], share.train.x)
+    if recipe.training.client_learns != "all":
+        (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
     parts = [own.bottom] if own.head is None else [own.bottom, own.head]
     client = Client(
         own.bottom,
@@ -157,7 +175,9 @@ def make_client(
         head=own.head,
         sends_labels=not owner or name == recipe.parties.clients[0],
         pieces=recipe.training.micro_batches,
-        defenses=defenses(recipe),
+        defenses=chosen,
+        keep_releases=recipe.client.keep_releases,
+        rate=rate(recipe),
         guards=_guards(recipe, len(share.train), classes, private),
         cut_shape=_output(public.bottom, shape),
         compressor=compressor(recipe),
@@ -173,9 +193,12 @@ def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes
     sent_by = (parties.hops or parties.clients)[-1]
 
     def server(cut_shape: tuple[int, ...] | None, source: Source) -> Server:
-        stage = network_parts(recipe, shape, classes, public).middle
+        parts = network_parts(recipe, shape, classes, public)
+        stage = parts.middle
+        if recipe.network.start is not None:
+            start_from(recipe.network.start, "top.safetensors", parts.bare[1], stage)
         more: dict[str, Any] = {} if recipe.cut.back_at is None else {"loss": None}
-        more |= {"cut_shape": cut_shape, "classes": classes}
+        more |= {"cut_shape": cut_shape, "classes": classes, "rate": rate(recipe)}
         return Server(stage, optimizer(recipe, stage), name=parties.server, source=source, **more)
 
     if parties.hops:
@@ -186,7 +209,12 @@ def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes
         joined = _joined(list(shapes.cut.values()), join_axis(recipe, shape)) if parties.is_vertical else None
         one = server(joined or shapes.cut[sent_by], private)
         servers = dict.fromkeys(parties.clients, one)
-    return Desk(servers, parties.mode, public=public.derive("desk"), axis=join_axis(recipe, shape))
+    protection = None
+    if parties.is_vertical and recipe.defense.labels is not None:
+        protection = Protection({name: label_protection(recipe, classes) for name in parties.clients[1:]}, private)
+    return Desk(
+        servers, parties.mode, public=public.derive("desk"), axis=join_axis(recipe, shape), protection=protection
+    )
 
 
 def make_hop(
@@ -196,7 +224,8 @@ def make_hop(
     parties = recipe.parties
     before = previous_party(recipe, name)
     stage = network_parts(recipe, shape, classes, public_source(recipe.seed)).hops[parties.hops.index(name)]
-    server = Server(stage, optimizer(recipe, stage), loss=None, cut_shape=shapes.cut[before], name=name, source=private)
+    more: dict[str, Any] = {"cut_shape": shapes.cut[before], "rate": rate(recipe)}
+    server = Server(stage, optimizer(recipe, stage), loss=None, name=name, source=private, **more)
     return Desk({before: server}, public=public_source(recipe.seed), hop=Hop(server, onward, classes))
 
 
@@ -217,6 +246,16 @@ def optimizer(recipe: Recipe, *stages: nn.Module) -> torch.optim.Optimizer | Non
     return torch.optim.SGD(
         parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
     )
+
+
+def rate(recipe: Recipe) -> Rate | None:
+    """The learning rate by step: half a cosine over the recipe's decay_steps, as `CosineAnnealingLR` without restarts
+    (Loshchilov and Hutter 2017, arXiv 1608.03983); None where it stays.
+    """
+    first, steps = recipe.training.learning_rate, recipe.training.decay_steps
+    if steps is None:
+        return None
+    return lambda step: first * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def _guards(recipe: Recipe, records: int, classes: int, private: Source) -> Guards:

@@ -54,6 +54,8 @@ def sharing_out(
             "parties.mode splitfed1 keeps a stage for each client, and torchrun shares out one: serve it without "
             "torchrun, or set parties.mode = 'splitfed2'"
         )
+    if recipe.training.decay_steps is not None:
+        raise RecipeError("training.decay_steps changes the learning rate at rank 0 alone: serve it without torchrun")
     coupled = couples_records(_stage(recipe, shape, classes, _place(recipe, hop)))
     if coupled:
         raise CutError(

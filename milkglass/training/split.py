@@ -28,12 +28,15 @@ from milkglass.runs import ALARM, Checkpoint, RunFolder
 from milkglass.server import Server
 from milkglass.training.evaluate import Evaluation, evaluate
 from milkglass.training.inputs import RECORDS, told
+from milkglass.training.party_folder import drawn_run
 from milkglass.training.rounds import EpochResult, Position, Seat, play_together, playing_epoch
 from milkglass.training.setup import Shapes, compressor, crossing_shapes, make_client, make_desk, make_hop
 from milkglass.training.shares import deal_and_hash, share_of, shared_rehearsal_key
 from milkglass.training.summary import (
     cautions_in_words,
+    certificate_summary,
     client_flops,
+    client_flops_share,
     metrics_line,
     total_traffic,
     traffic_summary,
@@ -248,6 +251,8 @@ def train(
                 folder.write(ALARM, str(error).encode())
                 raise
             write_stages(setup, folder)
+            if recipe.training.at_home:
+                drawn_run(folder)  # its halves will meet again between machines, and know each other by this
             folder.write_json(RECORDS, told(setup.records))
             folder.write_metrics(lines)
             summary = summarize(setup, lines, rehearsal=key is None)
@@ -311,6 +316,8 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
         "seconds": (seconds := sum(line["seconds"] for line in lines)),
         "seconds_per_epoch": seconds / len(lines),
         "client_flops_per_sample": client_flops(setup.seats[0]),
+        "client_flops_share": client_flops_share(setup.recipe, records.record_shape, records.classes),
+        "certificate": certificate_summary(setup.recipe, setup.client, setup.seats[0].share.train, records.classes),
         "seed": setup.recipe.seed,
         "keys": "keys derived from the seed: a rehearsal" if rehearsal else "the client's key came from a file",
         "records": {

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from milkglass.cuts import Caution, flops_per_sample
+from milkglass.client import Client
+from milkglass.cuts import Caution, couples_records, flops_per_sample, forward_flops
+from milkglass.data import Records
+from milkglass.defenses.certificate import Certificate, certify
+from milkglass.errors import AuditError
+from milkglass.randomness import public_source
+from milkglass.recipe import Recipe
+from milkglass.tracing import in_mode
 from milkglass.training.rounds import EpochResult, Seat
-from milkglass.training.setup import crossing_shapes
+from milkglass.training.setup import crossing_shapes, network_parts
+from milkglass.training.shares import owner_shapes
 from milkglass.transports.base import Traffic
 
 
@@ -47,6 +56,48 @@ def client_flops(seat: Seat) -> int:
         features = crossing_shapes(seat.recipe, x_1.shape[1:], int(seat.share.train.y.max()) + 1).features
         flops += flops_per_sample(client.head, torch.zeros(1, *features))
     return flops
+
+
+def certificate_of(recipe: Recipe, client: Client, shape: Sequence[int], classes: int) -> Certificate:
+    """What one release of the client tells at most, for its weights as they are, of a record of `shape`.
+
+    Raises AuditError where its defenses have no certificate.
+    """
+    sent = crossing_shapes(recipe, shape, classes).cut[client.name]
+    return certify(client.defenses, sent, couples_records(client.stage))
+
+
+def certificate_summary(recipe: Recipe, client: Client, train: Records, classes: int) -> dict[str, Any] | None:
+    """The certificate, with what a training on `train` came to in all; None where there is none."""
+    try:
+        found = certificate_of(recipe, client, train.x.shape[1:], classes)
+    except AuditError:
+        return None
+    size, training = recipe.training.batch_size, recipe.training
+    an_epoch = len(train) // size * size if training.drop_last_batch else len(train)
+    frozen = not any(parameter.requires_grad for parameter in client.stage.parameters())
+    releases = an_epoch * training.epochs
+    if frozen and client.keeps_releases:
+        releases = min(releases, len(train))
+    bits = releases * found.bits_per_release
+    words = f"in training {releases:,} releases: at most {bits:,.0f} bits about all records together"
+    if not frozen:
+        words += "; they do not add up per record, for the client's stage was trained on the records themselves"
+    return {**found.to_dict(), "training": {"releases": releases, "joint_bits": bits, "words": words}}
+
+
+def client_flops_share(recipe: Recipe, shape: Sequence[int], classes: int) -> float:
+    """The client's share (0..1) of the FLOPs of a forward pass, defenses included, of the first owner's in vertical."""
+    first = owner_shapes(recipe, shape)[recipe.parties.clients[0]]
+    parts = network_parts(recipe, first, classes, public_source(recipe.seed), owner=recipe.parties.is_vertical)
+    whole = network_parts(recipe, shape, classes, public_source(recipe.seed))
+    client = forward_flops(parts.bottom, torch.zeros(1, *first))
+    everyone, x_1 = 0, torch.zeros(1, *shape)
+    for stage in (whole.bottom, *whole.hops, whole.middle, *(() if whole.head is None else (whole.head,))):
+        everyone += forward_flops(stage, x_1)
+        with in_mode(stage, training=False), torch.no_grad():
+            x_1 = stage(x_1)
+    return client / everyone if everyone else 0.0
 
 
 def cautions_in_words(cautions: tuple[Caution, ...]) -> list[str]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from milkglass.defenses.base import Defense, NoiseStream
+from milkglass.defenses.conditional_entropy import ConditionalEntropy
+from milkglass.defenses.learned_noise import LearnedNoise
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
 from milkglass.errors import RecipeError
@@ -23,8 +25,23 @@ def _noise() -> NoiseStream:
     return NoiseStream(public_source(0))
 
 
+def _learned_noise() -> LearnedNoise:
+    defense = LearnedNoise()
+    defense.client_end(tuple(Z.shape[1:]))
+    return defense
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: NoPeek(1.0), lambda: NoPeek(0.5, "unbiased"), lambda: NoPeek(0.5, "linear"), lambda: Noise(0.5)]
+    "make",
+    [
+        lambda: NoPeek(1.0),
+        lambda: NoPeek(0.5, "unbiased"),
+        lambda: NoPeek(0.5, "linear"),
+        lambda: Noise(0.5),
+        lambda: Noise(0.5, "laplace"),
+        _learned_noise,
+        lambda: ConditionalEntropy(0.5, 0.1),
+    ],
 )
 def test_every_defense_keeps_shapes_and_says_what_it_is(make: Callable[[], Defense]) -> None:
     defense = make()
@@ -32,7 +49,8 @@ def test_every_defense_keeps_shapes_and_says_what_it_is(make: Callable[[], Defen
     assert released.shape == Z.shape
     assert released.dtype == Z.dtype
     assert defense.random == (not torch.equal(released, Z))
-    assert torch.equal(defense.returned(Z), Z)
+    assert torch.equal(defense.protect(Z, torch.zeros(len(Z), dtype=torch.int64), _noise()), Z)
+    assert (defense.noise_sigma > 0) == defense.random
     penalty = defense.penalty(X, Z)
     assert penalty is None or penalty.shape == ()
     assert len(defense.describe()) > 5

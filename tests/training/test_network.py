@@ -11,7 +11,7 @@ import torch
 from milkglass.certificates import make_certificates
 from milkglass.recipe import Recipe
 from tests.network import Ended, Network, assert_same, goodbyes, in_one_process
-from tests.training.whole import CLIENTS, DEFENDED, DROPOUTS, U_SHAPED, parties, recipe_of, training
+from tests.training.whole import CLIENTS, DEFENDED, DROPOUTS, EVERY_DEFENSE, U_SHAPED, parties, recipe_of, training
 
 BACK: dict[str, Any] = {"cut": {"at": "drop1", "back_at": "drop2"}}
 OWNERS = parties("vertical", CLIENTS[:2], owner_settings={"hidden": [8]})
@@ -33,6 +33,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "splitfed2 of 3": DROPOUTS | {"parties": parties("splitfed2"), "defense": DEFENDED, "training": ADAM},
     "splitfed2 of 3, U-shaped, in pieces": U_SHAPED | {"parties": parties("splitfed2"), "training": PIECES} | ALWAYS,
     "vertical of 2": {"parties": OWNERS, "defense": DEFENDED, "training": ADAM},
+    "vanilla, every defense": DROPOUTS | {"defense": EVERY_DEFENSE, "training": ADAM} | ALWAYS,
+    "relay of 2, channel": {"parties": parties("relay", CLIENTS[:2]), "defense": EVERY_DEFENSE} | ALWAYS,
+    "splitfed1 of 3, channel": {"parties": parties("splitfed1"), "defense": {"channel": {"width": 4}}},
+    "U-shaped, labels protected": U_SHAPED | {"defense": {"labels": {}, "channel": {"width": 4}}, "training": PIECES},
+    "vertical of 2, labels protected": {"parties": OWNERS, "defense": {"labels": {}}, "training": ADAM} | ALWAYS,
     "vertical of 2, in pieces, compressed": {"parties": OWNERS, "training": PIECES, "wire": {"compress": "topk"}}
     | ALWAYS,
 }

@@ -28,6 +28,16 @@ from tests.helpers import small_recipe
 
 CLIENTS = ["ann", "ben", "cas"]
 DEFENDED = {"nopeek": {"weight": 1.0}, "noise": {"sigma": 0.5}}
+EVERY_DEFENSE: dict[str, Any] = {
+    "clipping": {"clip": 5.0},
+    "channel": {"width": 6, "sigma": 0.2},
+    "noise": {"sigma": 0.05, "kind": "laplace"},
+    "learned_noise": {"start": 0.05},
+    "nopeek": {"weight": 0.5},
+    "adversary": {"weight": 0.5},
+    "entropy": {"weight": 0.05},
+}
+"""All that act on activations."""
 MLP: dict[str, Any] = {
     "network": {"name": "mlp", "settings": {"hidden": [16, 12, 8]}},
     "cut": {"at": "hidden1"},

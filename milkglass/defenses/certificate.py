@@ -1,0 +1,183 @@
+"""What a clipped and noised release can tell at most, whatever the attack; and whether what was sent agrees with it.
+
+Legend: N records, R releases of one record, D coordinates sent for a record.
+
+A release of norm at most C and Gaussian noise sigma on each of D coordinates is a use of a Gaussian channel (Shannon
+1949): at most D/2 log2(1 + C^2 / (D sigma^2)) bits about the record. From the bits follows, by Fano's inequality, how
+often anyone can name the record among N that are equally likely. Two records move a release by 2C at most, which makes
+it locally (epsilon, delta)-private by the analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530).
+
+All of it holds for fixed weights of the client's stage. Totals add up per record only where that stage does not depend
+on the record: frozen, or trained on others. During training only the joint total, releases times bits, about the whole
+data set can be said. It says nothing of labels, ids, timing, or weights that are handed on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, final
+
+import torch
+from scipy.stats import chi2, ncx2
+from torch import Tensor
+
+from milkglass.defenses.base import Defense
+from milkglass.defenses.channel import Channel
+from milkglass.defenses.clipping import Clipping
+from milkglass.defenses.noise import Noise
+from milkglass.errors import AuditError
+from milkglass.leakage.gaussian_mechanism import gaussian_epsilon
+from milkglass.leakage.information import exact_fano_upper_bound, gaussian_capacity_bits, is_vacuous
+
+DELTA: Final = 1e-5
+CANDIDATES: Final = (256, 1024, 1_000_000)
+LARGEST_EPSILON: Final = 10.0
+"""Above this an epsilon is no promise worth the name."""
+SURELY_WRONG: Final = 1e-6
+"""What was sent disagrees with a certificate if it is less likely than this under it."""
+
+
+@dataclass(frozen=True)
+class Reidentification:
+    """At most so often (0..1) is the right one of N equally likely records named from one release."""
+
+    candidates: int
+    bound: float
+    vacuous: bool
+
+
+@final
+@dataclass(frozen=True)
+class Certificate:
+    """Of one release, for fixed weights of the client's stage. Lower bits, bounds and epsilon = less can be told.
+
+    dimensions: D. clip: C, in the unit of what is sent, as sigma is. reidentification: by Fano's inequality. epsilon:
+    local, at this delta and a sensitivity of 2C.
+    """
+
+    dimensions: int
+    clip: float
+    sigma: float
+    bits_per_release: float
+    reidentification: tuple[Reidentification, ...]
+    epsilon: float
+    delta: float
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it says, in sentences."""
+        named = "; ".join(
+            f"among {each.candidates:,}: " + ("vacuous" if each.vacuous else f"at most {each.bound:.3f}")
+            for each in self.reidentification
+        )
+        private = (
+            "no meaningful local DP"
+            if self.epsilon > LARGEST_EPSILON
+            else f"locally ({self.epsilon:.2f}, {self.delta:g})-private"
+        )
+        return (
+            f"one release tells at most {self.bits_per_release:.2f} bits about its record, whatever the attack, for "
+            "fixed weights of the client's stage",
+            f"the right record is named from one release with probability {named}",
+            private + ("" if self.epsilon <= LARGEST_EPSILON else f" (epsilon {self.epsilon:.1f})"),
+            "it does not cover labels, ids, timing or weights that are handed on, and further releases of a record "
+            "add up",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in audit.json; an epsilon beyond all numbers is null there."""
+        epsilon = self.epsilon if math.isfinite(self.epsilon) else None
+        return {**asdict(self), "epsilon": epsilon, "words": list(self.words)}
+
+
+def certificate(dimensions: int, clip: float, sigma: float, delta: float = DELTA) -> Certificate:
+    """That of a release of `dimensions` coordinates, norm at most `clip`, Gaussian noise `sigma` on each.
+
+    Raises AuditError for values out of range, a sigma of 0 among them.
+    """
+    bits = gaussian_capacity_bits(dimensions, clip, sigma)
+    bounds = ((count, exact_fano_upper_bound(bits, count)) for count in CANDIDATES)
+    return Certificate(
+        dimensions,
+        clip,
+        sigma,
+        bits,
+        tuple(Reidentification(count, bound, is_vacuous(bound)) for count, bound in bounds),
+        gaussian_epsilon(delta, 2 * clip, sigma),
+        delta,
+    )
+
+
+def certify(defenses: Sequence[Defense], cut_shape: tuple[int, ...], coupled: Sequence[str] = ()) -> Certificate:
+    """The certificate of a client's defenses, in the order in which they act, on a cut of `cut_shape` without ends.
+
+    coupled: layers of the client's stage that mix the records of a batch (`cuts.couples_records`). Raises AuditError,
+    which says why, where there is none.
+    """
+    if coupled:
+        raise AuditError(
+            f"no certificate: BatchNorm ({coupled[0]}) in the client's stage couples records; use nn.GroupNorm"
+        )
+    dimensions, clip, variance = torch.Size(cut_shape).numel(), 0.0, 0.0
+    for defense in defenses:
+        if isinstance(defense, Clipping):
+            clip, variance = defense.clip, 0.0
+        elif isinstance(defense, Channel):
+            dimensions, clip, variance = defense.width, defense.clip, defense.sigma**2
+        elif isinstance(defense, Noise) and defense.kind == "gaussian":
+            variance += defense.sigma**2
+    named = " + ".join(defense.describe() for defense in defenses) or "no defense"
+    if not clip:
+        raise AuditError(
+            f"no certificate: {named} does not bound what is sent; expected a channel, or clipping and noise"
+        )
+    if not variance:
+        raise AuditError(f"no certificate: {named} adds no Gaussian noise; expected a sigma above 0")
+    return certificate(dimensions, clip, variance**0.5)
+
+
+@dataclass(frozen=True)
+class ReleaseCheck:
+    """What releases say of a certificate. sigma: of the noise, as they show it. longest: the largest norm of a record's
+    mean release. p_noise, p_clip: how likely so little noise, and such norms, are if the certificate is true; the
+    second for the likeliest culprit of all records.
+    """
+
+    sigma: float
+    longest: float
+    p_noise: float
+    p_clip: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing in what was sent speaks against the certificate."""
+        return self.p_noise >= SURELY_WRONG and self.p_clip >= SURELY_WRONG
+
+
+def check_releases(repeats: Tensor, claimed: Certificate) -> ReleaseCheck:
+    """Compare `repeats` (R, N, ...), R releases with fresh noise of each of N records, with what is claimed of them.
+
+    It looks at what was sent alone: at how far releases of one record are from their mean, and how long that mean is.
+    Raises AuditError for fewer than two releases, or another number of coordinates.
+    """
+    if repeats.dim() < 3 or len(repeats) < 2 or repeats[0, 0].numel() != claimed.dimensions:
+        raise AuditError(
+            f"releases of shape {tuple(repeats.shape)}; expected (R, N, ...), R at least 2, with "
+            f"{claimed.dimensions} coordinates a record"
+        )
+    sent_RND = repeats.flatten(2).double()
+    times, records, width = sent_RND.shape
+    mean_ND = sent_RND.mean(0)
+    freedom = (times - 1) * records * width
+    scatter = (sent_RND - mean_ND).square().sum().item()
+    norms_N = mean_ND.norm(dim=1)
+    signal = times * (claimed.clip / claimed.sigma) ** 2
+    p_N = ncx2.sf((times * norms_N.square() / claimed.sigma**2).numpy(), width, signal)
+    return ReleaseCheck(
+        sigma=(scatter / freedom) ** 0.5,
+        longest=norms_N.max().item(),
+        p_noise=float(chi2.cdf(scatter / claimed.sigma**2, freedom)),
+        p_clip=min(1.0, float(p_N.min()) * records),
+    )
