@@ -363,7 +363,7 @@ def pendigits_table(data: Path, out: Path) -> str:
     )
     lines = [
         "| PenDigits, membership: records | accuracy: members, others | gap (Brier) | bound as published "
-        "| clipped bound (95 % sure) | probability > .8 (95 %) | best loss (95 %) | published attack |",
+        "| clipped bound (95 % sure) | probability > .8 (95 %) | best loss (95 %) | published attack, n not at hand |",
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(_pendigits_row, made)]) + "\n"

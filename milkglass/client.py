@@ -199,6 +199,11 @@ class Client(Party):
         penalties = [penalty for d in self.defenses if (penalty := d.penalty(x, z, y_B)) is not None]
         return torch.stack(penalties).sum() if penalties else None
 
+    def weights_digest(self) -> str:
+        """SHA-256 of its stage's weights, in hexadecimal: while that stays, so does what a record gives."""
+        held = "".join(f"{name} {content_digest(tensor)}\n" for name, tensor in self.stage.state_dict().items())
+        return hashlib.sha256(held.encode()).hexdigest()
+
     def noise_free(self, x: Tensor) -> Tensor:
         """What a release of records `x` (B, ...) is before any noise, in evaluation mode, inside the graph."""
         z = self._forward(x, training=False)
@@ -282,10 +287,7 @@ class Client(Party):
         """Fresh noise; or the records' own, where releases are kept and no training changes what they pass through."""
         if not self.keeps_releases or (training and not self._frozen):
             return self.noise
-        weights = hashlib.sha256()
-        for name, tensor in self.stage.state_dict().items():
-            weights.update(f"{name} {content_digest(tensor)}".encode())
-        return PermanentNoise(self.source, weights.hexdigest(), x)
+        return PermanentNoise(self.source, self.weights_digest(), x)
 
     def _send_batch(self, batch: Batch) -> None:
         """The forward pass, and all pieces on their way: each as soon as it is there, where nothing needs all.

@@ -12,9 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +23,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor
 
-from milkglass.certificates import Credentials, certs, load_credentials
+from milkglass.certificates import certs, load_credentials
 from milkglass.cli import main
 from milkglass.errors import DataError, LinkError, MessageError, RecipeError, RunError
 from milkglass.messages import Message
@@ -41,6 +39,7 @@ from milkglass.training.setup import Shapes, crossing_shapes
 from milkglass.training.shares import deal_records
 from milkglass.training.split import set_up, train
 from milkglass.transports.local import LocalTransport
+from tests.answered import while_answering
 from tests.helpers import small_recipe
 
 RUN: Final = 77
@@ -80,33 +79,6 @@ def _parted(whole: Path, folder: Path, name: str = "client", run: int = RUN) -> 
         (part / "run.json").write_text(json.dumps({"run": run}))
         (part / "summary.json").write_text(json.dumps({"party": part.name}))
     return client, server
-
-
-@contextmanager
-def _answered(server: Path, credentials: Credentials | None, told: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    """The address at which the server of that folder answers, in a thread of its own."""
-    loop, over, there = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-    ports: list[int] = []
-
-    def ready(port: int) -> None:
-        ports.append(port)
-        there.set()
-
-    def log(event: str, **values: Any) -> None:
-        told.append((event, values))
-
-    recipe = RunFolder.open_finished(server, ("top.safetensors",)).recipe
-    work = answering(recipe, "localhost:0", credentials, server, over, log=log, ready=ready)
-    thread = threading.Thread(target=loop.run_until_complete, args=(work,))
-    thread.start()
-    try:
-        assert there.wait(60)
-        yield f"localhost:{ports[0]}"
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join(60)
-        assert not thread.is_alive()
-        loop.close()
 
 
 def _predict(run: Path, given: Path, out: Path, **more: Any) -> tuple[dict[str, Any], str]:
@@ -332,7 +304,7 @@ def test_the_network_gives_the_same_answers_as_one_process(changes: dict[str, An
     own = load_credentials(kit / "client", "client")
     here = _predict(tmp_path / "run", given, tmp_path / "p.csv", batch=16)
     told: list[tuple[str, dict[str, Any]]] = []
-    with _answered(server, load_credentials(kit / "localhost", "server"), told) as address:
+    with while_answering(server, load_credentials(kit / "localhost", "server"), told) as address:
         there = [
             _predict(client, given, tmp_path / "q.csv", batch=16, address=address, credentials=own) for _ in range(2)
         ]
@@ -369,7 +341,7 @@ def test_what_serve_and_join_leave_can_predict(kit: Path, tmp_path: Path) -> Non
     serving.join(60)
     assert not serving.is_alive()
     given = _test_file(tmp_path, recipe)
-    with _answered(tmp_path / "server", theirs, []) as address:
+    with while_answering(tmp_path / "server", theirs, []) as address:
         summary, _ = _predict(tmp_path / "client", given, tmp_path / "p.csv", address=address, credentials=own)
     assert summary["accuracy"] == trained["accuracy"] > 0.2
     with pytest.raises(RunError, match=r"top\.safetensors is missing: the server has it; --server"):
@@ -395,7 +367,7 @@ def test_eight_clients_at_once_get_their_own_answers(kit: Path, tmp_path: Path) 
     start = threading.Barrier(8)
     told: list[tuple[str, dict[str, Any]]] = []
     with (
-        _answered(tmp_path / "server", load_credentials(kit / "localhost", "server"), told) as address,
+        while_answering(tmp_path / "server", load_credentials(kit / "localhost", "server"), told) as address,
         ThreadPoolExecutor(8) as pool,
     ):
         found = list(pool.map(ask, EIGHT))
@@ -413,7 +385,7 @@ def test_strangers_are_refused(whole: Path, kit: Path, tmp_path: Path) -> None:
     certs(tmp_path / "other", "localhost", ["client"])
     own = load_credentials(kit / "client", "client")
     told: list[tuple[str, dict[str, Any]]] = []
-    with _answered(server, load_credentials(kit / "localhost", "server"), told) as address:
+    with while_answering(server, load_credentials(kit / "localhost", "server"), told) as address:
         with pytest.raises(LinkError, match="'stranger' is not among the clients of this run"):
             predict(stranger, given, address=address, credentials=load_credentials(kit / "stranger", "client"))
         other = load_credentials(tmp_path / "other" / "client", "client")
@@ -433,7 +405,7 @@ def test_another_runs_client_is_refused_by_the_handshake(whole: Path, kit: Path,
     train(_recipe(seed=1), tmp_path / "another")
     other, _ = _parted(tmp_path / "another", tmp_path / "other")
     own = load_credentials(kit / "client", "client")
-    with _answered(server, load_credentials(kit / "localhost", "server"), []) as address:
+    with while_answering(server, load_credentials(kit / "localhost", "server"), []) as address:
         with pytest.raises(LinkError, match="it began another run than the one that is served here"):
             predict(later, given, address=address, credentials=own)
         with pytest.raises(LinkError, match="recipe: seed is 0 here and 1 there"):

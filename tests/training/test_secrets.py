@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import cast
 
+import pytest
 import torch
 from torch import Tensor
 
 from milkglass.codec import encode
-from milkglass.defenses.base import NoiseStream
+from milkglass.defenses.base import NoiseSource, NoiseStream
+from milkglass.defenses.channel import Channel
 from milkglass.defenses.noise import Noise
+from milkglass.defenses.permanent import PermanentNoise
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
 from milkglass.training.split import play_epoch, set_up
@@ -99,3 +102,28 @@ def test_who_has_the_recipe_the_seed_and_all_that_crossed_predicts_no_noise() ->
     own = NoiseStream(Source(KEY).derive("noise"))
     for z, found in zip(clean, sent, strict=True):
         assert torch.equal(z + SIGMA * own.gaussian_like(z, Noise(SIGMA).describe()), found)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_channel_under_a_key_is_a_channel_to_who_has_the_recipe_and_the_seed(kept: bool) -> None:
+    client = {"keep_releases": kept}
+    recipe = small_recipe(defense={"channel": {"width": 4, "sigma": SIGMA}}, client=client)
+    setup = set_up(recipe, Source(KEY), wrap=RecordingTransport)
+    play_epoch(setup, 1)  # with it a test of every record: queries
+    x = setup.seats[0].share.test.x
+    sent = _sent(list(cast(RecordingTransport, setup.transport).transcript))[-1]
+    noise_free = setup.client.noise_free(x[-len(sent) :]).detach()
+    drawn = ((sent - noise_free) / SIGMA).flatten()
+    assert 0.8 < float(drawn.std()) < 1.2
+    channel = cast(Channel, setup.client.defenses[0])
+    weights = setup.client.weights_digest()
+    for guess in (public_source(recipe.seed), rehearsal_source(recipe.seed, "client"), Source(bytes(32))):
+        noise: NoiseSource = NoiseStream(guess.derive("noise"))
+        if kept:
+            noise = PermanentNoise(guess, weights, x[-len(sent) :])
+        predicted = noise.gaussian_like(noise_free, channel.describe()).flatten()
+        assert not bool(torch.isclose(predicted, drawn, atol=1e-4).any())
+        assert abs(float(torch.corrcoef(torch.stack([predicted, drawn]))[0, 1])) < 5 / len(drawn) ** 0.5
+    if kept:  # the key does
+        own = PermanentNoise(Source(KEY), weights, x[-len(sent) :])
+        assert torch.allclose(own.gaussian_like(noise_free, channel.describe()).flatten(), drawn, atol=1e-3)

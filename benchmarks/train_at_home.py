@@ -1,0 +1,144 @@
+"""Defending a network that is there already: trained at home, fine-tuned with a defense for some epochs, then attacked.
+
+    python -m benchmarks.train_at_home --data DIR --set fashion-mnist|cifar10 [--seeds 0,1,2] [--cells DIR] [--quick]
+
+The setting of NoPeek-Infer: all training happens at the client's own site, the server gets its stage and answers
+queries. For each seed the undefended network is trained first (the recipe's epochs), then each defense begins with its
+weights. Cells are ordinary run folders made by the ordinary commands, one thread each; what is finished is not made
+again. `lost` is against the home network fine-tuned alike without a defense, which is also the reference of the audit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.setting import command_line, machine_line
+
+EXAMPLES: Final = Path(__file__).parents[1] / "examples"
+FILES: Final = {
+    "fashion-mnist": ("fashion-mnist-train.npz", "fashion-mnist-test.npz"),
+    "cifar10": ("cifar10-train.parquet", "cifar10-test.parquet"),
+}
+HOME: Final = {
+    "fashion-mnist": ("training.decay_steps=936", "data.test_records=10000"),  # 12 epochs of 78 batches
+    "cifar10": (),
+}
+FINE_TUNED: Final = {
+    "fashion-mnist": ("training.epochs=8", "training.decay_steps=624"),
+    "cifar10": ("training.epochs=10", "training.decay_steps=1560"),
+}
+ENDS: Final = "training.client_learns=ends"
+DEFENSES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "fashion-mnist": {
+        "channel and entropy": ("defense={channel={width=8,sigma=0.3},entropy={weight=0.02}}", ENDS),
+        "NoPeek, weight 10": ("defense={nopeek={weight=10.0}}",),
+    },
+    "cifar10": {
+        "channel": ("defense={channel={width=24,sigma=0.5,projection='conv'}}", ENDS),
+    },
+}
+
+
+def main() -> None:
+    """Make what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--set", choices=list(FILES), required=True, dest="name")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--cells", type=Path, default=Path("runs/at-home"))
+    parser.add_argument("--quick", action="store_true", help="quick audits")
+    arguments = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in map(int, arguments.seeds.split(",")):
+        for defense, row in make(arguments.name, seed, arguments.data, arguments.cells, quick=arguments.quick).items():
+            rows.setdefault(defense, []).append(row)
+    print(f"<!-- {command_line()}; {machine_line()} -->\n")
+    print("| defense | seeds | accuracy, % | lost, points | peek, fresh | ten releases | bits | client's FLOPs, % |")
+    print("|---|---|---|---|---|---|---|---|")
+    for defense, found in rows.items():
+        cells = [
+            _words([100 * each["accuracy"] for each in found], 1),
+            _words([100 * each["lost"] for each in found], 1),
+        ]
+        cells += [_words([each[name] for each in found], 3) for name in ("fresh", "repeated")]
+        bits = found[0]["bits"]
+        cells += ["–" if bits is None else f"{bits:.1f}", f"{100 * found[0]['share']:.0f}"]
+        print(f"| {defense} | {len(found)} | " + " | ".join(cells) + " |")
+
+
+def make(name: str, seed: int, data: Path, cells: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
+    """Of one seed: the home network fine-tuned without a defense, and with each."""
+    train, test = (data.resolve() / file for file in FILES[name])
+    recipe = str(EXAMPLES / f"{name}.toml")
+    common = [f"seed={seed}", f"data.path={train}", f"data.test_path={test}", *HOME[name]]
+    home = cells / f"{name}-home-seed{seed}"
+    _train(home, recipe, [*common, "defense={}"])
+    later = [*common, *FINE_TUNED[name], f"network.start={home.resolve()}", "training.at_home=true"]
+    rows = {}
+    reference: dict[str, Path] = {}
+    for defense, settings in {"none": ("defense={}",), **DEFENSES[name]}.items():
+        out = cells / f"{name}-{defense.replace(', ', ' ').replace(' ', '-')}-seed{seed}"
+        _train(out, recipe, [*later, *settings])
+        which = "ends" if ENDS in settings else "all"
+        if defense == "none":
+            rows[defense] = _row(out, out, quick=quick, audited=False)
+            continue
+        if which not in reference:
+            reference[which] = cells / f"{name}-none-{which}-seed{seed}"
+            _train(reference[which], recipe, [*later, "defense={}", *([ENDS] if which == "ends" else [])])
+        rows[defense] = _row(out, reference[which], quick=quick, audited=True)
+    return rows
+
+
+def _row(out: Path, reference: Path, *, quick: bool, audited: bool) -> dict[str, Any]:
+    summary, undefended = (json.loads((each / "summary.json").read_text()) for each in (out, reference))
+    row = {
+        "accuracy": summary["accuracy"],
+        "lost": undefended["accuracy"] - summary["accuracy"],
+        "bits": None if summary["certificate"] is None else summary["certificate"]["bits_per_release"],
+        "share": summary["client_flops_share"],
+        "fresh": float("nan"),
+        "repeated": float("nan"),
+    }
+    if audited:
+        if not (out / "audit.json").exists():
+            _milkglass(out, "audit", str(out), "--reference", str(reference), *(["--quick"] if quick else []))
+        exposures = json.loads((out / "audit.json").read_text())["exposures"]
+        row |= {name: found["value"] for name, found in exposures.items()}
+        row["repeated"] = row["repeated"] if "repeated" in exposures else row["fresh"]  # nothing random: the same again
+    return row
+
+
+def _train(out: Path, recipe: str, overrides: list[str]) -> None:
+    if not (out / "summary.json").exists():
+        _milkglass(out, "train", recipe, *(f"--set={each}" for each in overrides), "--out", str(out), "--resume")
+
+
+def _words(values: list[float], digits: int) -> str:
+    if any(value != value for value in values):
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _milkglass(out: Path, *arguments: str) -> None:
+    """Run a command with one thread; its words go to a log beside the cell."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with out.with_name(out.name + ".log").open("a") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "milkglass", *arguments], stdout=log, stderr=log, env=environment, check=False
+        )
+    if done.returncode not in (0, 4):
+        raise SystemExit(f"{out.name}: milkglass {arguments[0]} ended with {done.returncode}; see {log.name}")
+
+
+if __name__ == "__main__":
+    main()
