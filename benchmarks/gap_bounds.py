@@ -3,12 +3,12 @@
     python -m benchmarks.gap_bounds --data DIR [--sets fashion,cifar10] [--sizes 10,200,1000,10000] [--out DIR]
 
 By the ordinary commands: `milkglass train` for the largest size, `milkglass bounds RUN --sizes ...` for all of them,
-one thread. Every size is trained on at least as many batches as the largest (3,120 for 10,000 records), the small ones
-so to their end. What is finished is not made again; what was stopped goes on.
+one thread. The largest is trained on some 3,000 batches (CIFAR-10: 1,500) of 64, every other size on as many or more,
+so the small ones to their end. What is finished is not made again; what was stopped goes on.
 
 Del Grosso et al. 2021 (arXiv 2105.03875): the published rows are of networks of their own, which are not at hand; ours
 is the `cnn` for both sets. So the trend is to be compared: gap and bound fall as records grow, attacks stay above the
-bound. Their attack is "largest probability above .8"; one seed, and at 10 records another one gives other figures.
+bound. Their attack is "largest probability above .8". One seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FILES: Final = {
 }
 SIZES: Final = "10,200,1000,10000"
 BATCH: Final = 64
-BATCHES: Final = 3000
+BATCHES: Final = {"cifar10": 1500, "fashion": 3000}
 RECIPE: Final = """\
 [data]
 path = {train}
@@ -94,7 +94,7 @@ def make(name: str, sizes: Sequence[int], data: Path, out: Path) -> None:
     batch = min(BATCH, largest)
     out.mkdir(parents=True, exist_ok=True)
     train, test = (json.dumps(str((data / file).resolve())) for file in FILES[name])
-    epochs = max(1, -(-BATCHES // (largest // batch)))
+    epochs = max(1, -(-BATCHES[name] // (largest // batch)))
     text = RECIPE.format(train=train, test=test, records=largest, epochs=epochs, batch=batch)
     (out / "recipe.toml").write_text(text)
     run = out / f"size-{largest}"
@@ -124,17 +124,20 @@ def render(found: dict[str, dict[str, Any]]) -> str:
                 f"| {clipped['value']:.3f} ({clipped['low']:.3f}) | {sure['value']:.3f}{attack} "
                 f"| {best['value']:.3f} ({best['low']:.3f} to {best['high']:.3f}) | {area['value']:.3f} |"
             )
-        above = all(
-            max(attack["high"] for attack in each["attacks"]) >= bound["low"]
-            for each in content["sizes"]
-            for bound in each["bounds"]
-        )
+        under = [each["records"] for each in content["sizes"] if _under(each)]
         gaps = [each["gaps"][0]["value"] for each in content["sizes"]]
         falls = "falls" if gaps == sorted(gaps, reverse=True) else "does not fall throughout"
-        lines.append(
-            f"<!-- {name}: the gap {falls}; attacks {'are' if above else 'ARE NOT'} above every bound within noise -->"
+        told = (
+            f"under a bound beyond their interval at {under} records" if under else "above every bound, or within noise"
         )
+        lines.append(f"<!-- {name}: the gap {falls}; the two attacks by balanced accuracy are {told} -->")
     return "\n".join(lines)
+
+
+def _under(size: dict[str, Any]) -> bool:
+    """Whether both attacks by balanced accuracy stay under what some attack surely reaches: they are weak ones then."""
+    reached = max(attack["high"] for attack in size["attacks"] if attack["measure"] == "balanced accuracy")
+    return bool(reached < max(bound["low"] for bound in size["bounds"]))
 
 
 def _milkglass(out: Path, *arguments: str) -> None:

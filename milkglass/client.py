@@ -212,12 +212,20 @@ class Client(Party):
         return z
 
     @torch.no_grad()
-    def release(self, x: Tensor, *, fresh: bool = False) -> Tensor:
-        """What a receiver sees when records `x` (B, ...) are to be classified, in evaluation mode.
+    def release(self, x: Tensor) -> Tensor:
+        """What a receiver sees when records `x` (B, ...) are to be classified, in evaluation mode."""
+        return self.compressor.round_trip(self._release(x, training=False))
 
-        fresh: with noise of this moment, also where releases are kept: for who measures the noise.
+    @torch.no_grad()
+    def released_by(self, x: Tensor, defenses: Sequence[Defense]) -> Tensor:
+        """What some of its defenses alone make of records `x` (B, ...), with noise of this moment, in evaluation mode.
+
+        Before any compressor, and fresh also where releases are kept: for who measures the noise.
         """
-        return self.compressor.round_trip(self._release(x, training=False, fresh=fresh))
+        z = self._forward(x, training=False)
+        for defense in defenses:
+            z = defense.release(z, self.noise)
+        return z
 
     @torch.no_grad()
     def rehearse(self, x: Tensor, generator: torch.Generator, *, training: bool = True) -> Tensor:
@@ -276,9 +284,9 @@ class Client(Party):
             raise MessageError(f"expected {kind!r} of {step}, the server sent {answer.kind!r} of {answer.step}")
         return answer
 
-    def _release(self, x: Tensor, *, training: bool, fresh: bool = False) -> Tensor:
+    def _release(self, x: Tensor, *, training: bool) -> Tensor:
         z = self._forward(x, training=training and not self._frozen)
-        noise = self.noise if fresh else self._noise_of(x, training=training)
+        noise = self._noise_of(x, training=training)
         for defense in self.defenses:
             z = defense.release(z, noise)
         return z

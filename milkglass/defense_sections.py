@@ -134,6 +134,6 @@ class Defense(Section):
         noisy = self.noise is not None or (self.channel is not None and self.channel.sigma > 0)
         if self.entropy is not None and not noisy:
             raise ValueError(
-                "entropy bounds what a noisy release tells, and there is no noise; expected channel or noise"
+                "entropy needs noise of a sigma that is fixed; expected channel or noise (learned_noise alone has none)"
             )
         return self

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from milkglass.client import Client
 from milkglass.data import Deal, Records
-from milkglass.defenses.certificate import Certificate, ReleaseCheck, check_releases
+from milkglass.defenses.certificate import Certificate, ReleaseCheck, check_releases, counted
 from milkglass.errors import AuditError, HijackError, MilkglassError, RunError
 from milkglass.messages import Responder
 from milkglass.randomness import Source, public_source, rehearsal_source
@@ -159,7 +159,7 @@ def _certified(setup: Setup) -> tuple[Certificate | None, ReleaseCheck | None, l
     except AuditError as error:
         return None, None, [str(error)]
     x, times = setup.records.test.x[:RECORDS_CHECKED], range(RELEASES_WHEN_REPEATED)
-    repeats = torch.stack([setup.client.release(x, fresh=True) for _ in times])
+    repeats = torch.stack([setup.client.released_by(x, counted(setup.client.defenses)) for _ in times])
     return claimed, check_releases(repeats, claimed), []
 
 

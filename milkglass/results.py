@@ -133,7 +133,7 @@ class Inference(_File):
 
 
 class BoundFigures(_File):
-    """What is proved of any attack of a kind. kind: "lower", some attacker does so well; "upper", nobody does better."""
+    """What is proved of any attack of a kind. kind: "lower", some attacker does so well; "upper", nobody better."""
 
     measure: str
     kind: Literal["lower", "upper"]

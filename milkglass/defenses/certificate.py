@@ -9,7 +9,9 @@ it locally (epsilon, delta)-private by the analytic Gaussian mechanism (Balle an
 
 All of it holds for fixed weights of the client's stage. Totals add up per record only where that stage does not depend
 on the record: frozen, or trained on others. During training only the joint total, releases times bits, about the whole
-data set can be said. It says nothing of labels, ids, timing, or weights that are handed on.
+data set can be said. It says nothing of labels, ids, timing, or weights that are handed on. It is of real numbers, too:
+the channel rounds its sum to a grid, so that last bits tell nothing (Mironov 2012); plain noise behind a clip is added
+in float32.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ DELTA: Final = 1e-5
 CANDIDATES: Final = (256, 1024, 1_000_000)
 LARGEST_EPSILON: Final = 10.0
 """Above this an epsilon is no promise worth the name."""
+LARGEST_RATIO: Final = 1e9
+"""Of clip to sigma, up to which an epsilon is computed; beyond, there is none worth a number."""
 SURELY_WRONG: Final = 1e-6
 """What was sent disagrees with a certificate if it is less likely than this under it."""
 
@@ -68,10 +72,7 @@ class Certificate:
     @property
     def words(self) -> tuple[str, ...]:
         """What it says, in sentences."""
-        named = "; ".join(
-            f"among {each.candidates:,}: " + ("vacuous" if each.vacuous else f"at most {each.bound:.3f}")
-            for each in self.reidentification
-        )
+        named = "; ".join(f"among {each.candidates:,}: {_at_most(each.bound)}" for each in self.reidentification)
         private = (
             "no meaningful local DP"
             if self.epsilon > LARGEST_EPSILON
@@ -92,6 +93,14 @@ class Certificate:
         return {**asdict(self), "epsilon": epsilon, "words": list(self.words)}
 
 
+def _at_most(bound: float) -> str:
+    """In words; rounded up, so that what is read is true."""
+    if bound > 0.999:
+        return "vacuous"
+    digits = 3 if bound >= 0.01 else 6
+    return f"at most {math.ceil(bound * 10**digits) / 10**digits:.{digits}f}"
+
+
 def certificate(dimensions: int, clip: float, sigma: float, delta: float = DELTA) -> Certificate:
     """That of a release of `dimensions` coordinates, norm at most `clip`, Gaussian noise `sigma` on each.
 
@@ -105,9 +114,18 @@ def certificate(dimensions: int, clip: float, sigma: float, delta: float = DELTA
         sigma,
         bits,
         tuple(Reidentification(count, bound, is_vacuous(bound)) for count, bound in bounds),
-        gaussian_epsilon(delta, 2 * clip, sigma),
+        gaussian_epsilon(delta, 2 * clip, sigma) if clip / sigma < LARGEST_RATIO else math.inf,
         delta,
     )
+
+
+def counted(defenses: Sequence[Defense]) -> list[Defense]:
+    """Those of a client's defenses that a certificate rests on. What the others add comes on top, and tells no more."""
+    return [
+        defense
+        for defense in defenses
+        if isinstance(defense, Clipping | Channel) or (isinstance(defense, Noise) and defense.kind == "gaussian")
+    ]
 
 
 def certify(defenses: Sequence[Defense], cut_shape: tuple[int, ...], coupled: Sequence[str] = ()) -> Certificate:
@@ -121,14 +139,16 @@ def certify(defenses: Sequence[Defense], cut_shape: tuple[int, ...], coupled: Se
             f"no certificate: BatchNorm ({coupled[0]}) in the client's stage couples records; use nn.GroupNorm"
         )
     dimensions, clip, variance = torch.Size(cut_shape).numel(), 0.0, 0.0
-    for defense in defenses:
+    for defense in counted(defenses):
         if isinstance(defense, Clipping):
             clip, variance = defense.clip, 0.0
         elif isinstance(defense, Channel):
             dimensions, clip, variance = defense.width, defense.clip, defense.sigma**2
-        elif isinstance(defense, Noise) and defense.kind == "gaussian":
+        elif isinstance(defense, Noise):
             variance += defense.sigma**2
-    named = " + ".join(defense.describe() for defense in defenses) or "no defense"
+    named = " + ".join(defense.describe() for defense in defenses)
+    if not named:
+        raise AuditError("no certificate: there is no defense; expected a channel, or clipping and noise")
     if not clip:
         raise AuditError(
             f"no certificate: {named} does not bound what is sent; expected a channel, or clipping and noise"

@@ -100,7 +100,11 @@ class Channel(Defense):
     def around(
         self, bottom: nn.Module, top: nn.Module, cut_shape: tuple[int, ...]
     ) -> tuple[nn.Sequential, nn.Sequential]:
-        """The two stages of a cut whose activations have `cut_shape` (without the batch), with the channel's ends."""
+        """The two stages of a cut whose activations have `cut_shape` (without the batch), with the channel's ends.
+
+        Then call `prepare(bottom(x))`, with the bottom as it was, for some records: training begins at the clip, and
+        `pca` has no directions before.
+        """
         ends = cast(nn.Module, self.client_end(cut_shape)), cast(nn.Module, self.server_end(cut_shape))
         return with_end(bottom, ends[0], "channel"), with_start(top, ends[1], "channel")
 
@@ -139,7 +143,9 @@ class ClientEnd(nn.Module):
             return
         self.directions_DH: Tensor
         self.center_H: Tensor
-        directions_HD = nn.init.orthogonal_(torch.empty(values, width))
+        directions_HD = torch.zeros(values, width)  # principal components: none before they are fitted
+        if projection == "random":
+            nn.init.orthogonal_(directions_HD)
         self.register_buffer("directions_DH", directions_HD.T.contiguous())
         self.register_buffer("center_H", torch.zeros(values))
         self.gain = nn.Parameter(torch.ones(()))
@@ -184,11 +190,11 @@ def _before(cut_shape: tuple[int, ...], projection: Projection) -> tuple[nn.Modu
             f"channel: projection 'conv' is for maps of at least {2 * COARSE} x {2 * COARSE}, and a record's "
             f"activations have shape {cut_shape}; expected 'mlp'"
         )
-    channels = cut_shape[0]
+    before, channels = cut_shape[0], 2 * cut_shape[0]  # twice as many maps of half the size, as in a residual network
     values = channels * COARSE**2
     return (
         nn.Sequential(
-            nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(before, channels, 3, stride=2, padding=1, bias=False),
             nn.GroupNorm(math.gcd(channels, 8), channels),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(COARSE),

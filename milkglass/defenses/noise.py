@@ -6,6 +6,9 @@ small beside it. Gaussian noise behind a clip is what `certificate.py` speaks of
 drawn: they come from the client's private key. Do-nothing twin: leave it out.
 
 Legend: B records in a batch.
+
+Known and left alone: it is added in float32, and last bits of a sum of floats can betray what noise hides (Mironov, CCS
+2012). `channel.py` rounds them away.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ from milkglass.defenses.labels import Marvell, MaxNorm
 from milkglass.defenses.learned_noise import LearnedNoise
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
-from milkglass.errors import RecipeError, RunError, first_line
+from milkglass.errors import RecipeError, RunError
 from milkglass.recipe import Recipe
 from milkglass.runs import RunFolder
 from milkglass.tracing import in_mode
 
+_WITHIN = "stage."  # how with_end and with_start name what they are put around
 _PREPARED_ON = 2000  # records that a fixed projection is fitted to
 
 
@@ -97,15 +98,19 @@ def prepare(chosen: Sequence[Defense], bare: nn.Module, x: torch.Tensor) -> None
 
 
 def start_from(run: str, file: str, bare: nn.Module, whole: nn.Module) -> None:
-    """Fill a stage with what a finished run has of it, with its defenses' ends or, where that had none, without.
+    """Fill a stage with what a finished run has of it: with its defenses' ends if they are alike, else without.
 
     bare: the stage without ends, a part of `whole`. Raises RunError where it is missing, or another network's.
     """
-    folder = RunFolder.open_finished(Path(run), (file, "summary.json"))
-    weights = folder.read_tensors(file)
-    same = weights.keys() == whole.state_dict().keys()
+    weights = RunFolder.open_finished(Path(run), (file, "summary.json")).read_tensors(file)
+    if {name: t.shape for name, t in weights.items()} == {name: t.shape for name, t in whole.state_dict().items()}:
+        bare = whole
+    while weights.keys() != bare.state_dict().keys() and any(name.startswith(_WITHIN) for name in weights):
+        weights = {name.removeprefix(_WITHIN): t for name, t in weights.items() if name.startswith(_WITHIN)}
     try:
-        (whole if same else bare).load_state_dict(weights)
-    except RuntimeError as error:
-        words = " ".join(first_line(error).split())[:200]
-        raise RunError(f"network.start {run}: {file} does not fit the recipe's network and cut: {words}") from None
+        bare.load_state_dict(weights)
+    except RuntimeError:
+        raise RunError(
+            f"network.start {run}: {file} does not fit the recipe's network and cut; expected a run of the same "
+            "network, cut at the same layer"
+        ) from None

@@ -254,6 +254,8 @@ def _kept_source(folder: RunFolder) -> Source:
 
 def _ledger(folder: RunFolder) -> QueryLedger | None:
     most = folder.recipe.client.most_queries
+    if (folder.path / _LEDGER).exists() and not (folder.path / _KEY).exists():
+        raise RunError(f"{folder.path / _KEY} is missing: without it {_LEDGER} counts nothing; put it back")
     return None if most is None else QueryLedger(folder.path / _LEDGER, most, _kept_source(folder))
 
 

@@ -19,6 +19,7 @@ from milkglass.compression.base import Compressor
 from milkglass.compression.wire import compressor_of
 from milkglass.cuts import Caution, check_stages, couples_records, cut
 from milkglass.defenses.base import Defense
+from milkglass.defenses.certificate import certify
 from milkglass.defenses.protection import Protection
 from milkglass.desk import Desk
 from milkglass.errors import CutError, DataError, RecipeError, first_line
@@ -167,6 +168,9 @@ def make_client(
     prepare(chosen, own.bare[0], share.train.x)
     if recipe.training.client_learns != "all":
         (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
+    cut_shape = _output(public.bottom, shape)
+    if recipe.defense.certified:
+        certify(chosen, cut_shape, couples_records(own.bottom))  # before anything is sent
     parts = [own.bottom] if own.head is None else [own.bottom, own.head]
     client = Client(
         own.bottom,
@@ -179,7 +183,7 @@ def make_client(
         keep_releases=recipe.client.keep_releases,
         rate=rate(recipe),
         guards=_guards(recipe, len(share.train), classes, private),
-        cut_shape=_output(public.bottom, shape),
+        cut_shape=cut_shape,
         compressor=compressor(recipe),
         name=name,
         source=private,

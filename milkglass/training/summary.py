@@ -73,6 +73,9 @@ def certificate_summary(recipe: Recipe, client: Client, train: Records, classes:
         found = certificate_of(recipe, client, train.x.shape[1:], classes)
     except AuditError:
         return None
+    if recipe.training.at_home:
+        words = "trained at home: no release left in training"
+        return {**found.to_dict(), "training": {"releases": 0, "joint_bits": 0.0, "words": words}}
     size, training = recipe.training.batch_size, recipe.training
     an_epoch = len(train) // size * size if training.drop_last_batch else len(train)
     frozen = not any(parameter.requires_grad for parameter in client.stage.parameters())
@@ -80,7 +83,10 @@ def certificate_summary(recipe: Recipe, client: Client, train: Records, classes:
     if frozen and client.keeps_releases:
         releases = min(releases, len(train))
     bits = releases * found.bits_per_release
-    words = f"in training {releases:,} releases: at most {bits:,.0f} bits about all records together"
+    words = (
+        f"in training {releases:,} releases: at most {bits:,.0f} bits about all records of {client.name} together; "
+        "test records, which cross after every epoch, come on top"
+    )
     if not frozen:
         words += "; they do not add up per record, for the client's stage was trained on the records themselves"
     return {**found.to_dict(), "training": {"releases": releases, "joint_bits": bits, "words": words}}

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from benchmarks.reidentification import BITS, CANDIDATES, Game
 from milkglass.client import Client
+from milkglass.compression.topk import TopK
 from milkglass.data import load
 from milkglass.defenses.base import Defense
-from milkglass.defenses.certificate import certificate, certify, check_releases
+from milkglass.defenses.certificate import certificate, certify, check_releases, counted
 from milkglass.defenses.channel import Channel
 from milkglass.defenses.clipping import Clipping
 from milkglass.defenses.noise import Noise
 from milkglass.defenses.nopeek import NoPeek
 from milkglass.errors import AuditError
 from milkglass.leakage.classification import clopper_pearson
+from milkglass.leakage.gaussian_mechanism import gaussian_epsilon
+from milkglass.leakage.information import gaussian_sigma_for_bits
 from milkglass.randomness import drawing_from, public_source
 from milkglass.server import Server
 from milkglass.transcript import Transcript
@@ -40,10 +43,27 @@ def test_the_certificate_of_a_channel() -> None:
     assert found.reidentification[2].bound < (found.bits_per_release + 1) / math.log2(1e6)
     assert any("no meaningful local DP" in words for words in found.words)
     assert any("among 256: vacuous" in words for words in found.words)
+    assert found.epsilon == gaussian_epsilon(1e-5, 2 * math.sqrt(8), 0.3)  # two records are 2C apart at most
     private = certificate(2, 1.0, 8.0)
     assert private.epsilon < 10
     assert any("locally (" in words for words in private.words)
     assert not any(each.vacuous for each in private.reidentification)
+
+
+def test_words_say_no_more_than_the_numbers() -> None:
+    def words(sigma: float) -> str:
+        return " ".join(certificate(2, 1.0, sigma).words)
+
+    around_ten = [sigma / 1000 for sigma in range(500, 1500)]
+    for sigma in around_ten:
+        promised = certificate(2, 1.0, sigma).epsilon <= 10
+        assert ("locally (" in words(sigma)) == promised != ("no meaningful local DP" in words(sigma))
+    assert {certificate(2, 1.0, sigma).epsilon <= 10 for sigma in around_ten} == {True, False}
+    almost = certificate(8, math.sqrt(8), gaussian_sigma_for_bits(7.99, 8, math.sqrt(8)))
+    assert almost.reidentification[0].bound < 1
+    assert any("among 256: vacuous" in line for line in almost.words)
+    assert certificate(8, 1e12, 1e-9).epsilon == math.inf
+    assert certificate(8, 1e12, 1e-9).to_dict()["epsilon"] is None
 
 
 def test_what_has_a_certificate_and_what_has_none() -> None:
@@ -54,7 +74,7 @@ def test_what_has_a_certificate_and_what_has_none() -> None:
     assert certify([Clipping(3.0), Noise(0.3), Noise(0.4)], cut) == certificate(24, 3.0, 0.5)
     assert certify([Noise(9.0), Clipping(3.0), Noise(0.5)], cut) == certificate(24, 3.0, 0.5)  # first noise is clipped
     refused: list[tuple[Sequence[Defense], Sequence[str], str]] = [
-        ([], [], "no defense does not bound what is sent"),
+        ([], [], "no certificate: there is no defense"),
         ([NoPeek(2.0)], [], "NoPeek, weight 2, biased estimator does not bound what is sent"),
         ([Noise(1.0)], [], "does not bound what is sent; expected a channel, or clipping and noise"),
         ([Channel(4, 0.0)], [], "adds no Gaussian noise; expected a sigma above 0"),
@@ -101,6 +121,18 @@ def test_an_honest_client_is_believed(gain: float) -> None:
     assert found.sigma == pytest.approx(0.4, rel=0.05)
     assert found.p_noise > 1e-4
     assert found.p_clip > 1e-4
+
+
+@pytest.mark.parametrize("more", [Noise(1.0, "laplace"), Noise(2.0, "laplace"), NoPeek(1.0)])
+def test_what_comes_on_top_of_a_channel_does_not_void_its_certificate(more: Defense) -> None:
+    channel = Channel(WIDTH, 0.3)
+    client, _ = _client(channel, gain=100.0)
+    client.defenses = (channel, more)
+    client.compressor = TopK(0.25)
+    claimed = certify(client.defenses, (16,))
+    assert claimed == certify([channel], (16,))
+    repeats = torch.stack([client.released_by(_records(100), counted(client.defenses)) for _ in range(10)])
+    assert check_releases(repeats, claimed).agrees
 
 
 def _half_sigma(channel: Channel) -> None:

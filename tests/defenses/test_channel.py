@@ -95,6 +95,20 @@ def test_ends_change_the_width_and_give_the_shape_back(projection: Projection) -
     assert bottom(x).detach() == pytest.approx(one_by_one.detach(), abs=1e-5)
 
 
+def test_the_server_rescales_what_it_receives_to_about_unit_size() -> None:
+    for size in (1.0, 100.0):
+        channel = Channel(4, sigma=0.5 * size, clip=2.0 * size)
+        with drawing_from(torch.Generator().manual_seed(0)):
+            end = channel.server_end((6,))
+        assert end is not None
+        z = size * torch.randn(5000, 4, generator=torch.Generator().manual_seed(1))
+        sent = channel.release(2.0 * size * z / z.norm(dim=1, keepdim=True), _noise())
+        hooked: list[Tensor] = []
+        end.get_submodule("expand").register_forward_pre_hook(lambda _, inputs, kept=hooked: kept.append(inputs[0]))
+        end(sent)
+        assert hooked[0].square().mean().sqrt().item() == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_training_begins_at_the_clip(projection: Projection) -> None:
     channel = Channel(5, projection=projection, clip=3.0)

@@ -47,10 +47,11 @@ def test_its_halves_answer_each_other_between_machines(runs: tuple[Path, Path], 
     given = _records(tmp_path)
     predict(defended, given, out=tmp_path / "here.csv")
     client, server = tmp_path / "client", tmp_path / "server"
-    for part, lacks in ((client, "top.safetensors"), (server, "bottom.safetensors")):
-        shutil.copytree(defended, part)
-        (part / lacks).unlink()
-    (server / "noise.key").unlink()
+    shutil.copytree(defended, client)
+    (client / "top.safetensors").unlink()
+    server.mkdir()
+    for name in ("recipe.toml", "summary.json", "run.json", "top.safetensors"):  # all that docs/defenses.md hands over
+        shutil.copy(defended / name, server / name)
     told: list[tuple[str, dict[str, Any]]] = []
     with while_answering(server, None, told) as address:
         summary = predict(client, given, address=address, out=tmp_path / "there.csv")
@@ -73,6 +74,8 @@ def test_its_audit_has_no_training_to_attack_and_says_so(runs: tuple[Path, Path]
     assert repeated is not None
     assert all(bool((each == repeated[0]).all()) for each in repeated)
     assert undefended.exists()
+    summary = json.loads((defended / "summary.json").read_text())
+    assert summary["certificate"]["training"]["releases"] == 0
 
 
 def test_nobody_trains_it_between_machines(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The unsplit twin is an ordinary loop, with copies of the stages and of the defen
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from milkglass.defenses.base import NoiseStream
 from milkglass.defenses.certificate import certify
-from milkglass.errors import EgressError, MilkglassError, RecipeError, RunError
+from milkglass.errors import AuditError, EgressError, MilkglassError, RecipeError, RunError
 from milkglass.messages import Message
 from milkglass.randomness import drawing_from
 from milkglass.recipe import Recipe
@@ -25,6 +26,7 @@ from milkglass.runs import RunFolder
 from milkglass.training.defended import defenses
 from milkglass.training.predict import predict
 from milkglass.training.split import Setup, Silence, play_epoch, set_up, train, train_epoch
+from milkglass.transports.local import LocalTransport
 from milkglass.transports.wrappers import RecordingTransport
 from tests.training.whole import CLIENTS, DROPOUTS, EVERY_DEFENSE, MLP, U_SHAPED, parties, recipe_of, training
 
@@ -169,7 +171,7 @@ def test_a_recipe_from_before_keeps_its_digest() -> None:
             {"defense": {"clipping": {"clip": 1.0}, "noise": {"sigma": 1.0, "kind": "laplace"}, "certified": True}},
             "clipping, noise has none",
         ),
-        ({"defense": {"entropy": {}}}, "there is no noise; expected channel or noise"),
+        ({"defense": {"entropy": {}}}, "a sigma that is fixed; expected channel or noise"),
         ({"defense": {"channel": {"width": 0}}}, "defense.channel.width"),
         ({"defense": {"channel": {"clip": 0.0}}}, "defense.channel.clip"),
         ({"defense": {"channel": {"sigma": -1.0}}}, "defense.channel.sigma"),
@@ -184,6 +186,20 @@ def test_what_does_not_go_together_is_refused_in_one_line(tables: dict[str, Any]
         recipe_of(**tables)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def with_batch_norm(record_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A factory of a user's own, with BatchNorm where the client has it."""
+    values = torch.Size(record_shape).numel()
+    layers = {"flatten": nn.Flatten(), "first": nn.Linear(values, 16), "norm": nn.BatchNorm1d(16)}
+    return nn.Sequential(OrderedDict({**layers, "last": nn.Linear(16, classes)}))
+
+
+def test_batch_norm_has_no_certificate_and_is_refused_where_one_is_asked_for() -> None:
+    network = {"network": {"name": f"{__name__}:with_batch_norm"}, "cut": {"at": "norm"}}
+    set_up(recipe_of(**network, defense=CHANNEL))  # without a certificate it may train
+    with pytest.raises(AuditError, match=r"no certificate: BatchNorm \(stage.norm\) in the client's stage"):
+        set_up(recipe_of(**network, defense={**CHANNEL, "certified": True}))
 
 
 def test_a_channel_wider_than_the_cut_is_refused() -> None:
@@ -281,6 +297,20 @@ def test_a_run_begins_with_the_weights_of_another(home: Path) -> None:
     assert all(torch.equal(top[name], tensor) for name, tensor in load_file(home / "top.safetensors").items())
 
 
+def test_a_run_begins_with_a_defended_one_of_other_defenses(home: Path, tmp_path: Path) -> None:
+    train(recipe_of(network=_network(home), defense=EVERY_DEFENSE), tmp_path / "first")
+    weights = load_file(tmp_path / "first" / "bottom.safetensors")
+    for table in ({}, {"channel": {"width": 3}}):
+        setup = set_up(recipe_of(network=_network(tmp_path / "first"), defense=table))
+        stage = setup.client.stage
+        while hasattr(stage, "stage"):
+            stage = stage.get_submodule("stage")
+        for name, tensor in stage.state_dict().items():
+            assert torch.equal(tensor, weights[f"stage.stage.{name}"])
+    whole = set_up(recipe_of(network=_network(tmp_path / "first"), defense=EVERY_DEFENSE)).client.stage
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.state_dict().items())
+
+
 def test_the_start_of_another_network_is_refused(home: Path, tmp_path: Path) -> None:
     other = {"name": "mlp", "settings": {"hidden": [20, 12, 8]}, "start": str(home)}
     with pytest.raises(RunError, match="safetensors does not fit the recipe's network and cut"):
@@ -363,14 +393,35 @@ def test_kept_releases_give_the_same_answers_again(trained: tuple[Path, Path], t
     assert (run / "noise.key").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_ledger_of_queries_stops_before_anything_is_sent(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def _messages(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """All messages that leave a client from now on."""
+    crossed: list[Message] = []
+    send = LocalTransport.send
+
+    def watched(self: LocalTransport, message: Message) -> None:
+        crossed.append(message)
+        send(self, message)
+
+    monkeypatch.setattr(LocalTransport, "send", watched)
+    return crossed
+
+
+def test_the_ledger_of_queries_stops_before_anything_is_sent(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, records = trained
     _told(run, most_queries=2)
     _asked(run, records, tmp_path)
     _asked(run, records, tmp_path)
+    crossed = _messages(monkeypatch)
     with pytest.raises(EgressError, match="30 of 30 records would be released up to 3 times; the client's"):
         _asked(run, records, tmp_path)
+    assert crossed == []
     assert (run / "queries.ledger").stat().st_size == 2 * 30 * 16
+    (run / "noise.key").rename(tmp_path / "noise.key")
+    with pytest.raises(RunError, match=r"noise.key is missing: without it queries.ledger counts nothing"):
+        _asked(run, records, tmp_path)
+    (tmp_path / "noise.key").rename(run / "noise.key")
     (run / "queries.ledger").write_bytes(b"half")
     with pytest.raises(RunError, match=r"queries.ledger: damaged"):
         _asked(run, records, tmp_path)
