@@ -5,7 +5,7 @@
 The setting of NoPeek-Infer: all training happens at the client's own site, the server gets its stage and answers
 queries. For each seed the undefended network is trained first (the recipe's epochs), then each defense begins with its
 weights. Cells are ordinary run folders made by the ordinary commands, one thread each; what is finished is not made
-again. `lost` is against the home network fine-tuned alike without a defense, which is also the reference of the audit.
+again. `lost` is against the home network fine-tuned for as many epochs without a defense (`none`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFENSES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "NoPeek, weight 10": ("defense={nopeek={weight=10.0}}",),
     },
     "cifar10": {
-        "channel": ("defense={channel={width=24,sigma=0.5,projection='conv'}}", ENDS),
+        "channel": ("defense={channel={width=48,sigma=0.6,projection='conv'},entropy={weight=0.003}}",),
     },
 }
 
@@ -88,17 +88,19 @@ def make(name: str, seed: int, data: Path, cells: Path, *, quick: bool) -> dict[
         _train(out, recipe, [*later, *settings])
         which = "ends" if ENDS in settings else "all"
         if defense == "none":
-            rows[defense] = _row(out, out, quick=quick, audited=False)
+            reference["all"] = out
+            rows[defense] = _row(out, out, out, quick=quick, audited=False)
             continue
         if which not in reference:
             reference[which] = cells / f"{name}-none-{which}-seed{seed}"
-            _train(reference[which], recipe, [*later, "defense={}", *([ENDS] if which == "ends" else [])])
-        rows[defense] = _row(out, reference[which], quick=quick, audited=True)
+            _train(reference[which], recipe, [*later, "defense={}", ENDS])
+        rows[defense] = _row(out, reference["all"], reference[which], quick=quick, audited=True)
     return rows
 
 
-def _row(out: Path, reference: Path, *, quick: bool, audited: bool) -> dict[str, Any]:
-    summary, undefended = (json.loads((each / "summary.json").read_text()) for each in (out, reference))
+def _row(out: Path, fine_tuned: Path, reference: Path, *, quick: bool, audited: bool) -> dict[str, Any]:
+    """fine_tuned: without a defense. reference: what the audit takes for the undefended run of the same recipe."""
+    summary, undefended = (json.loads((each / "summary.json").read_text()) for each in (out, fine_tuned))
     row = {
         "accuracy": summary["accuracy"],
         "lost": undefended["accuracy"] - summary["accuracy"],

@@ -97,14 +97,16 @@ def prepare(chosen: Sequence[Defense], bare: nn.Module, x: torch.Tensor) -> None
         defense.prepare(z)
 
 
-def start_from(run: str, file: str, bare: nn.Module, whole: nn.Module) -> None:
+def start_from(run: str, file: str, bare: nn.Module, whole: nn.Module) -> bool:
     """Fill a stage with what a finished run has of it: with its defenses' ends if they are alike, else without.
 
-    bare: the stage without ends, a part of `whole`. Raises RunError where it is missing, or another network's.
+    bare: the stage without ends, a part of `whole`. Returns whether the ends were filled as well. Raises RunError where
+    the run is missing, or another network's.
     """
     weights = RunFolder.open_finished(Path(run), (file, "summary.json")).read_tensors(file)
     if {name: t.shape for name, t in weights.items()} == {name: t.shape for name, t in whole.state_dict().items()}:
         bare = whole
+    filled = bare is whole
     while weights.keys() != bare.state_dict().keys() and any(name.startswith(_WITHIN) for name in weights):
         weights = {name.removeprefix(_WITHIN): t for name, t in weights.items() if name.startswith(_WITHIN)}
     try:
@@ -114,3 +116,4 @@ def start_from(run: str, file: str, bare: nn.Module, whole: nn.Module) -> None:
             f"network.start {run}: {file} does not fit the recipe's network and cut; expected a run of the same "
             "network, cut at the same layer"
         ) from None
+    return filled

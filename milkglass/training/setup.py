@@ -161,11 +161,13 @@ def make_client(
                 "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
             )
         )
+    has_ends = False
     if recipe.network.start is not None:
-        start_from(recipe.network.start, "bottom.safetensors", own.bare[0], own.bottom)
+        has_ends = start_from(recipe.network.start, "bottom.safetensors", own.bare[0], own.bottom)
         if own.head is not None:
             start_from(recipe.network.start, "head.safetensors", own.head, own.head)
-    prepare(chosen, own.bare[0], share.train.x)
+    if not has_ends:
+        prepare(chosen, own.bare[0], share.train.x)
     if recipe.training.client_learns != "all":
         (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
     cut_shape = _output(public.bottom, shape)
