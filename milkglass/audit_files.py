@@ -96,6 +96,8 @@ def audit_run(
         "accuracy": folder.accuracy,
         "reference": str(undefended.path),
         "reference_accuracy": replayed.reference_accuracy,
+        "fresh_only": plan.fresh_only,
+        "attacks_asked_for": None if plan.attacks is None else list(plan.attacks),
     }
     _write(target, found, content)
     return found, content

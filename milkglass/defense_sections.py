@@ -29,7 +29,7 @@ class NoPeekDefense(Section):
 class NoiseDefense(Section):
     """Noise on every activation that leaves the client, in training and in inference."""
 
-    sigma: float = Field(gt=0, description="Standard deviation of the noise, in the activations' own unit.")
+    sigma: float = Field(ge=1e-6, le=1e6, description="Standard deviation of the noise, in the activations' own unit.")
     kind: Literal["gaussian", "laplace"] = Field("gaussian", description="How it is distributed.")
 
 
@@ -38,7 +38,9 @@ class LearnedNoiseDefense(Section):
     """Noise whose scale is learned for each value that is sent (after Shredder, Mireshghallah et al. 2020)."""
 
     weight: float = Field(0.1, ge=0, description="Weight of the reward for noise; 0: the task alone sets the scales.")
-    start: float = Field(0.1, gt=0, description="The scale that all values begin with, in the activations' own unit.")
+    start: float = Field(
+        0.1, ge=1e-6, le=1e6, description="The scale that all values begin with, in the activations' own unit."
+    )
     kind: Literal["gaussian", "laplace"] = Field("gaussian", description="How it is distributed.")
 
 
@@ -46,7 +48,7 @@ class LearnedNoiseDefense(Section):
 class ClippingDefense(Section):
     """A bound on the norm of what is sent for a record."""
 
-    clip: float = Field(gt=0, description="The largest Euclidean norm of a record's activations.")
+    clip: float = Field(ge=1e-6, le=1e6, description="The largest Euclidean norm of a record's activations.")
 
 
 @final
@@ -54,10 +56,19 @@ class ChannelDefense(Section):
     """A narrow noisy channel: projection, clipped norm, Gaussian noise; it comes with a certificate."""
 
     width: int = Field(8, ge=1, le=4096, description="How many coordinates are sent for a record.")
-    sigma: float = Field(0.3, ge=0, description="Standard deviation of the noise on each of them; 0: no certificate.")
-    clip: float | None = Field(
-        None, gt=0, description="The largest norm of a record's coordinates; default sqrt(width)."
+    sigma: float = Field(
+        0.3, ge=0, le=1e6, description="Standard deviation of the noise on each of them; 0: no certificate."
     )
+    clip: float | None = Field(
+        None, ge=1e-6, le=1e6, description="The largest norm of a record's coordinates; default sqrt(width)."
+    )
+
+    @model_validator(mode="after")
+    def _sigma_can_be_carried(self) -> Self:
+        if 0 < self.sigma < 1e-6:
+            raise ValueError(f"sigma is {self.sigma:g}; expected 0, or 1e-06 and more")
+        return self
+
     projection: Literal["linear", "mlp", "conv", "random", "pca"] = Field(
         "mlp",
         description="Learned: `linear`; `mlp`, with a hidden layer of 128; `conv`, for maps of 8 x 8 or more. "

@@ -47,7 +47,8 @@ from milkglass.replay import find_reference
 from milkglass.runs import RunFolder, write_beside
 from milkglass.sections import FrontierSection
 from milkglass.training.defended import defenses
-from milkglass.training.split import Progress, train
+from milkglass.training.shares import deal_records
+from milkglass.training.split import Progress, digest_of, train
 from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget
 
 SEEDS_OF_FINALISTS: Final = (1, 2, 3)
@@ -171,6 +172,7 @@ class _Sweep:
         self._watching = watching
         self._grid = grid
         self.tried: set[Setting] = set()
+        self._digests: dict[int, str] = {}
 
     def visit(self, setting: Setting) -> None:
         """Make the cell, or read what was made, and write down what is known now."""
@@ -210,6 +212,15 @@ class _Sweep:
             found.finalists.append(finalist)
             self._watching.tell(_line_of(finalist))
             self.write()
+        found.notes.append(
+            "finalists have other training records, pairs and first weights; their test records are drawn from the "
+            "same records as those that the choice was made on"
+        )
+        if found.recipe.network.start is not None:
+            found.notes.append(
+                "finalists begin with one and the same run, network.start, which was trained on another seed's deal: "
+                "some of their test records may have taught it"
+            )
         others = [name for name in found.budget or {} if name not in ("peek", BITS)]
         if others:
             found.notes.append(f"finalists: {', '.join(others)} of the worst exposure, not of fresh records alone")
@@ -257,7 +268,14 @@ class _Sweep:
         difference = first_difference(recipe, folder.recipe)
         if difference is not None:
             raise RunError(f"run folder {path}: belongs to another recipe: {difference}")
+        folder.check_records(self._records_digest(recipe))
         return folder.read_json("summary.json")
+
+    def _records_digest(self, recipe: Recipe) -> str:
+        """Of the records that are there now, dealt by a recipe's seed: paths are no part of what a recipe agrees on."""
+        if recipe.seed not in self._digests:
+            self._digests[recipe.seed] = digest_of(deal_records(recipe))
+        return self._digests[recipe.seed]
 
     def _audited(self, run: str, reference: str | None, *, fresh_only: bool) -> dict[str, Any]:
         """What audit.json holds of a cell; a budget is no part of it, so that another one needs no new audit.
@@ -270,7 +288,8 @@ class _Sweep:
         path, plan = self._out / run, Plan(strength, fresh_only=fresh_only)
         if (path / "audit.json").is_file():
             content = RunFolder.open_finished(path).read_json("audit.json")
-            if content.get("strength") == plan.strength:
+            made = (content.get("strength"), content.get("fresh_only"), content.get("attacks_asked_for"))
+            if made == (plan.strength, plan.fresh_only, None):
                 return content
         _, content = audit_run(
             path,

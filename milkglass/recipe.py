@@ -74,6 +74,11 @@ class Recipe(Section):
             raise ValueError("training.at_home is for one client without hops: it trains the whole network by itself")
         if self.network.start is not None and (self.parties.is_vertical or self.parties.hops):
             raise ValueError("network.start goes with one cut of whole records, not with parties.hops or mode vertical")
+        if self.training.client_learns != "all" and len(self.parties.clients) > 1:
+            raise ValueError(
+                f"training.client_learns is {self.training.client_learns}, and weights that several clients hand on or "
+                "average do not stay; expected one client"
+            )
         if self.training.client_learns != "all" and self.network.start is None:
             raise ValueError(
                 f"training.client_learns is {self.training.client_learns}, so the client keeps the weights it begins "

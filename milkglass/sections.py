@@ -163,7 +163,7 @@ class Training(Section):
     client_learns: Literal["all", "ends", "nothing"] = Field(
         "all",
         description="`ends`: the client's stage keeps the weights of `network.start`, and only what defenses add to it "
-        "learns. `nothing`: all of it stays, and the server alone learns.",
+        "learns. `nothing`: all of it stays, and the server alone learns (and a U-shaped client's last stage).",
     )
     at_home: bool = Field(
         False,

@@ -35,9 +35,9 @@ class NoiseStream:
         """Fresh standard normal numbers in the shape of `z`, and its dtype or another; `purpose` names what for."""
         return self._bound(z, purpose).gaussian(z.shape, 0, dtype or z.dtype)
 
-    def laplace_like(self, z: Tensor, purpose: str) -> Tensor:
+    def laplace_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """The same, Laplace's, of variance 1."""
-        return self._bound(z, purpose).laplace(z.shape, 0, z.dtype)
+        return self._bound(z, purpose).laplace(z.shape, 0, dtype or z.dtype)
 
     def _bound(self, z: Tensor, purpose: str) -> Source:
         content = content_digest(z)
@@ -58,7 +58,7 @@ class NoiseSource(Protocol):
     def gaussian_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal numbers in the shape of `z` (B, ...)."""
 
-    def laplace_like(self, z: Tensor, purpose: str) -> Tensor:
+    def laplace_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """Laplace numbers of variance 1 in the shape of `z` (B, ...)."""
 
 

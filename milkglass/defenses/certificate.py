@@ -8,10 +8,8 @@ often anyone can name the record among N that are equally likely. Two records mo
 it locally (epsilon, delta)-private by the analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530).
 
 All of it holds for fixed weights of the client's stage. Totals add up per record only where that stage does not depend
-on the record: frozen, or trained on others. During training only the joint total, releases times bits, about the whole
-data set can be said. It says nothing of labels, ids, timing, or weights that are handed on. It is of real numbers, too:
-the channel rounds its sum to a grid, so that last bits tell nothing (Mironov 2012); plain noise behind a clip is added
-in float32.
+on the record: no weight of it was learned from it, or fitted to it. During training only the joint total, releases
+times bits, about the whole data set can be said. It says nothing of labels, ids, timing, or weights that are handed on.
 """
 
 from __future__ import annotations
@@ -22,12 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
 import torch
-from scipy.stats import chi2, ncx2
+from scipy.stats import chi2, ncx2, norm
 from torch import Tensor
 
 from milkglass.defenses.base import Defense
 from milkglass.defenses.channel import Channel
 from milkglass.defenses.clipping import Clipping
+from milkglass.defenses.learned_noise import LearnedNoise
 from milkglass.defenses.noise import Noise
 from milkglass.errors import AuditError
 from milkglass.leakage.gaussian_mechanism import gaussian_epsilon
@@ -79,9 +78,9 @@ class Certificate:
             else f"locally ({self.epsilon:.2f}, {self.delta:g})-private"
         )
         return (
-            f"one release tells at most {self.bits_per_release:.2f} bits about its record, whatever the attack, for "
-            "fixed weights of the client's stage",
-            f"the right record is named from one release with probability {named}",
+            f"one release tells at most {self.bits_per_release:.2f} bits about its record, in the mean over records, "
+            "whatever the attack, for fixed weights of the client's stage",
+            f"the right one of equally likely records is named from one release with probability {named}",
             private + ("" if self.epsilon <= LARGEST_EPSILON else f" (epsilon {self.epsilon:.1f})"),
             "it does not cover labels, ids, timing or weights that are handed on, and further releases of a record "
             "add up",
@@ -139,6 +138,12 @@ def certify(defenses: Sequence[Defense], cut_shape: tuple[int, ...], coupled: Se
             f"no certificate: BatchNorm ({coupled[0]}) in the client's stage couples records; use nn.GroupNorm"
         )
     dimensions, clip, variance = torch.Size(cut_shape).numel(), 0.0, 0.0
+    for defense in defenses:
+        changes = any(getattr(type(defense), hook) is not getattr(Defense, hook) for hook in ("transform", "release"))
+        if changes and not isinstance(defense, Clipping | Channel | Noise | LearnedNoise):
+            raise AuditError(
+                f"no certificate: {defense.describe()} changes what is sent in a way that nothing is known of"
+            )
     for defense in counted(defenses):
         if isinstance(defense, Clipping):
             clip, variance = defense.clip, 0.0
@@ -176,6 +181,14 @@ class ReleaseCheck:
         return self.p_noise >= SURELY_WRONG and self.p_clip >= SURELY_WRONG
 
 
+def _chi_squared_cdf(value: float, freedom: int) -> float:
+    """With very many degrees of freedom scipy's series gives up; the cube root is normal (Wilson and Hilferty 1931)."""
+    if freedom < 100_000:
+        return float(chi2.cdf(value, freedom))
+    share = 2 / (9 * freedom)
+    return float(norm.cdf(((value / freedom) ** (1 / 3) - 1 + share) / math.sqrt(share)))
+
+
 def check_releases(repeats: Tensor, claimed: Certificate) -> ReleaseCheck:
     """Compare `repeats` (R, N, ...), R releases with fresh noise of each of N records, with what is claimed of them.
 
@@ -198,6 +211,6 @@ def check_releases(repeats: Tensor, claimed: Certificate) -> ReleaseCheck:
     return ReleaseCheck(
         sigma=(scatter / freedom) ** 0.5,
         longest=norms_N.max().item(),
-        p_noise=float(chi2.cdf(scatter / claimed.sigma**2, freedom)),
+        p_noise=_chi_squared_cdf(scatter / claimed.sigma**2, freedom),
         p_clip=min(1.0, float(p_N.min()) * records),
     )

@@ -8,10 +8,8 @@ as a variational information bottleneck is (Alemi et al. 2017, arXiv 1612.00410)
 task. Where we differ: power is bounded for every record, not on average, so the bound needs no trust in what was
 learned; and which coordinates get how much of it is learned in the projection. `certificate.py` says what follows.
 
-The noise is at work in training and in inference. It comes from the client's key through a cipher. Floating-point
-Gaussian noise can betray what it hides by its last bits (Mironov, CCS 2012; Jin et al., arXiv 2112.05307). So the sum
-is computed in float64 and rounded to a grid of sigma / 2^12 that does not depend on the record: what can be sent for
-one record can be sent for any. Left as it is: tails end at 8.6 sigma, and how long it takes is not hidden.
+The noise is at work in training and in inference. It comes from the client's key through a cipher, and the sum is
+rounded to a grid, so that last bits tell nothing (`noise.py`).
 
 The projection is learned: `linear`; `mlp`, with a hidden layer in front; `conv`, for large maps, with a convolution
 that halves them, and a pool to 4 x 4. It begins scaled so that norms are about the clip: with a weak signal the first
@@ -32,6 +30,7 @@ from torch.nn import functional as F
 
 from milkglass.defenses.base import Defense, NoiseSource
 from milkglass.defenses.clipping import clip_norm
+from milkglass.defenses.noise import SIGMAS, noisy
 from milkglass.errors import RecipeError, nearest
 
 Projection = Literal["linear", "mlp", "conv", "random", "pca"]
@@ -40,8 +39,6 @@ HIDDEN: Final = 128
 """Width of the hidden layer of `mlp`."""
 COARSE: Final = 4
 """Side of the maps that `conv` ends with, and that a server's end begins with where the cut's are twice as large."""
-GRID: Final = 2.0**12
-"""Releases are multiples of sigma over this, rounded down to a power of two: float32 holds them exactly."""
 
 
 @final
@@ -57,10 +54,10 @@ class Channel(Defense):
     ) -> None:
         if width < 1:
             raise RecipeError(f"channel: width is {width}; expected a whole number of 1 or more")
-        if clip is not None and not 0 < clip < math.inf:
-            raise RecipeError(f"channel: clip is {clip}; expected a positive number")
-        if not 0 <= sigma < math.inf:
-            raise RecipeError(f"channel: sigma is {sigma}; expected a number from 0 on")
+        if clip is not None and not SIGMAS[0] <= clip <= SIGMAS[1]:
+            raise RecipeError(f"channel: clip is {clip}; expected a number from {SIGMAS[0]:g} to {SIGMAS[1]:g}")
+        if sigma != 0 and not SIGMAS[0] <= sigma <= SIGMAS[1]:
+            raise RecipeError(f"channel: sigma is {sigma}; expected 0, or a number from {SIGMAS[0]:g} to {SIGMAS[1]:g}")
         if projection not in PROJECTIONS:
             raise RecipeError(f"channel: projection {projection!r} is not known; {nearest(projection, PROJECTIONS)}")
         self.width = width
@@ -70,7 +67,7 @@ class Channel(Defense):
         self._end: ClientEnd | None = None
 
     def __repr__(self) -> str:
-        return f"Channel(width={self.width}, sigma={self.sigma}, clip={self.clip:.6g}, projection={self.projection!r})"
+        return f"Channel(width={self.width}, sigma={self.sigma}, clip={self.clip}, projection={self.projection!r})"
 
     def describe(self) -> str:
         projection = "" if self.projection == "mlp" else f", {self.projection} projection"
@@ -117,13 +114,7 @@ class Channel(Defense):
 
     def release(self, z: Tensor, noise: NoiseSource) -> Tensor:
         sent = self.transform(z)
-        if self.sigma == 0:
-            return sent
-        drawn = noise.gaussian_like(sent, self.describe(), torch.float64)
-        with torch.no_grad():
-            step = 2.0 ** math.floor(math.log2(self.sigma / GRID))
-            noisy = ((sent.double() + self.sigma * drawn) / step).round_() * step
-        return noisy.to(sent.dtype) + (sent - sent.detach())  # plus 0: the noisy values exactly, with a gradient
+        return sent if self.sigma == 0 else noisy(sent, self.sigma, "gaussian", noise, repr(self))
 
 
 @final

@@ -9,7 +9,6 @@ Legend: B records in a batch, D values a record.
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
@@ -21,11 +20,12 @@ from milkglass.errors import RecipeError
 
 def clip_norm(z: Tensor, clip: float) -> Tensor:
     """`z` (B, ...) with each record's values scaled down to a Euclidean norm of at most `clip`."""
-    norm_B1 = torch.linalg.vector_norm(z.flatten(1), dim=1, keepdim=True)
-    # a hair below: float32 would round some norms above the clip that a certificate promises
-    factor_B1 = (clip * (1 - 1e-5) / norm_B1.clamp_min(1e-12)).clamp_max(1.0)
-    clipped: Tensor = z.flatten(1) * factor_B1
-    return clipped.reshape(z.shape)
+    flat_BD = z.flatten(1)
+    norm_B1 = torch.linalg.vector_norm(flat_BD, dim=1, keepdim=True, dtype=torch.float64)
+    # a hair below: values are rounded to their own type again, and the norm must stay within what is promised
+    hair = 4 * torch.finfo(z.dtype).eps
+    factor_B1 = (clip * (1 - hair) / norm_B1.clamp_min(1e-30)).clamp_max(1.0)
+    return torch.where(factor_B1 < 1, (flat_BD * factor_B1).to(z.dtype), flat_BD).reshape(z.shape)
 
 
 @final
@@ -33,8 +33,8 @@ class Clipping(Defense):
     """What is sent for a record has a Euclidean norm of at most `clip`, in the activations' unit."""
 
     def __init__(self, clip: float) -> None:
-        if not 0 < clip < math.inf:
-            raise RecipeError(f"clipping: clip is {clip}; expected a positive number")
+        if not 1e-6 <= clip <= 1e6:
+            raise RecipeError(f"clipping: clip is {clip}; expected a number from 1e-06 to 1e+06")
         self.clip = clip
 
     def __repr__(self) -> str:

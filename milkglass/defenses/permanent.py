@@ -26,16 +26,19 @@ class PermanentNoise:
     """The noise of one release of records `x` (B, ...), row by row. weights: a digest of what they pass through."""
 
     def __init__(self, source: Source, weights: str, x: Tensor) -> None:
-        self._rows = [source.derive("permanent", weights, x.dtype, tuple(row.shape), content_digest(row)) for row in x]
+        # + 0.0 makes 0 of -0: they are one value to the stage
+        self._rows = [
+            source.derive("permanent", weights, x.dtype, tuple(row.shape), content_digest(row + 0.0)) for row in x
+        ]
         self._draws = 0
 
     def gaussian_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal numbers in the shape of `z` (B, ...): the same for the same record."""
         return self._drawn(z, purpose, lambda row: row.gaussian(z.shape[1:], 0, dtype or z.dtype))
 
-    def laplace_like(self, z: Tensor, purpose: str) -> Tensor:
+    def laplace_like(self, z: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """Laplace numbers of variance 1, as above."""
-        return self._drawn(z, purpose, lambda row: row.laplace(z.shape[1:], 0, z.dtype))
+        return self._drawn(z, purpose, lambda row: row.laplace(z.shape[1:], 0, dtype or z.dtype))
 
     def _drawn(self, z: Tensor, purpose: str, draw: Callable[[Source], Tensor]) -> Tensor:
         bound = [row.derive(self._draws, purpose, tuple(z.shape[1:])) for row in self._rows]

@@ -214,7 +214,7 @@ class Joining:
             "seconds_per_epoch": seconds / len(self.lines),
             "client_flops_per_sample": client_flops(self.seat),
             "client_flops_share": client_flops_share(self.recipe, form.record_shape, form.classes),
-            "certificate": certificate_summary(self.recipe, client, self.seat.share.train, form.classes),
+            "certificate": certificate_summary(self.recipe, client, self.seat.share, form.classes),
             "seed": self.recipe.seed,
             "keys": f"the client's key {'was made for this run' if made_key else 'came from a file'}",
             "records": {"train": len(self.seat.share.train), "test": len(self.seat.share.test)},

@@ -147,6 +147,8 @@ def _open(run: Path, *, whole: bool) -> RunFolder:
         raise RunError(f"run folder {run}: half-written, {_HEAD} is missing")
     if not (run / RECORDS).is_file():
         raise RunError(f"run folder {run}: {RECORDS} is missing: an older milkglass made this run; train it again")
+    if (run / _LEDGER).exists() and not (run / _KEY).exists():
+        raise RunError(f"run folder {run}: {_KEY} is missing: without it {_LEDGER} counts nothing; put it back")
     folder.check_alarm()
     return folder
 
@@ -254,8 +256,6 @@ def _kept_source(folder: RunFolder) -> Source:
 
 def _ledger(folder: RunFolder) -> QueryLedger | None:
     most = folder.recipe.client.most_queries
-    if (folder.path / _LEDGER).exists() and not (folder.path / _KEY).exists():
-        raise RunError(f"{folder.path / _KEY} is missing: without it {_LEDGER} counts nothing; put it back")
     return None if most is None else QueryLedger(folder.path / _LEDGER, most, _kept_source(folder))
 
 

@@ -63,14 +63,19 @@ class QueryLedger:
             raise RunError(f"cannot write {self._path}: {error.strerror or error}; nothing was sent") from None
 
     def _digest(self, row: Tensor) -> bytes:
-        content = f"{row.dtype} {tuple(row.shape)} {content_digest(row)}"
+        content = f"{row.dtype} {tuple(row.shape)} {content_digest(row + 0.0)}"
         return hmac.digest(self._key, content.encode(), hashlib.sha256)[:DIGEST_BYTES]
 
     def _catch_up(self, descriptor: int) -> None:
         """Read what was written since this object last looked."""
         size = os.fstat(descriptor).st_size
-        if size < self._read or size % DIGEST_BYTES:
-            raise RunError(f"{self._path}: damaged, {size} bytes; expected {DIGEST_BYTES} for each release so far")
+        if size % DIGEST_BYTES:  # a write that was cut off: nothing had left for it
+            size -= size % DIGEST_BYTES
+            os.ftruncate(descriptor, size)
+        if size < self._read:
+            raise RunError(
+                f"{self._path}: damaged, it has become shorter; expected {DIGEST_BYTES} bytes for each release"
+            )
         content = os.pread(descriptor, size - self._read, self._read)
         self._counts.update(content[at : at + DIGEST_BYTES] for at in range(0, len(content), DIGEST_BYTES))
         self._read = size

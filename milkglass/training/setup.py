@@ -168,6 +168,12 @@ def make_client(
             start_from(recipe.network.start, "head.safetensors", own.head, own.head)
     if not has_ends:
         prepare(chosen, own.bare[0], share.train.x)
+    coupled = couples_records(own.bare[0])
+    if recipe.training.client_learns == "ends" and coupled:
+        raise CutError(
+            f"BatchNorm ({coupled[0]}) in the client's stage moves its statistics in training, and "
+            "training.client_learns = 'ends' says that the stage stays: use nn.GroupNorm, or 'nothing'"
+        )
     if recipe.training.client_learns != "all":
         (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
     cut_shape = _output(public.bottom, shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,6 +237,7 @@ def train(
     progress = progress or Silence()
     with computing_with(recipe.threads):
         setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
+        setup = replace(setup, cautions=(*setup.cautions, *_of_other_records(setup)))
         for seat in setup.seats:
             seat.client.check_egress(seat.share.train.x[:8])
         digest = digest_of(setup.records)
@@ -258,6 +259,21 @@ def train(
             summary = summarize(setup, lines, rehearsal=key is None)
             folder.write_json("summary.json", summary)
     return summary
+
+
+def _of_other_records(setup: Setup) -> list[Caution]:
+    """A caution where the run that this one begins with had its records dealt otherwise: from another seed, say."""
+    start = setup.recipe.network.start
+    if start is None or RunFolder(Path(start), setup.recipe).records_digest == digest_of(setup.records):
+        return []
+    return [
+        Caution(
+            "network.start",
+            f"{start} was trained on another deal of records, so test and auxiliary records of this run may have "
+            "taught it: accuracy and audit then flatter",
+            "begin with a run of the same data and seed, or see that its records are none of these",
+        )
+    ]
 
 
 def _train_epochs(setup: Setup, folder: RunFolder, progress: Progress) -> list[dict[str, Any]]:
@@ -317,7 +333,7 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
         "seconds_per_epoch": seconds / len(lines),
         "client_flops_per_sample": client_flops(setup.seats[0]),
         "client_flops_share": client_flops_share(setup.recipe, records.record_shape, records.classes),
-        "certificate": certificate_summary(setup.recipe, setup.client, setup.seats[0].share.train, records.classes),
+        "certificate": certificate_summary(setup.recipe, setup.client, setup.seats[0].share, records.classes),
         "seed": setup.recipe.seed,
         "keys": "keys derived from the seed: a rehearsal" if rehearsal else "the client's key came from a file",
         "records": {

@@ -10,7 +10,6 @@ import torch
 
 from milkglass.client import Client
 from milkglass.cuts import Caution, couples_records, flops_per_sample, forward_flops
-from milkglass.data import Records
 from milkglass.defenses.certificate import Certificate, certify
 from milkglass.errors import AuditError
 from milkglass.randomness import public_source
@@ -18,7 +17,7 @@ from milkglass.recipe import Recipe
 from milkglass.tracing import in_mode
 from milkglass.training.rounds import EpochResult, Seat
 from milkglass.training.setup import crossing_shapes, network_parts
-from milkglass.training.shares import owner_shapes
+from milkglass.training.shares import Share, owner_shapes
 from milkglass.transports.base import Traffic
 
 
@@ -63,33 +62,33 @@ def certificate_of(recipe: Recipe, client: Client, shape: Sequence[int], classes
 
     Raises AuditError where its defenses have no certificate.
     """
+    if recipe.parties.is_vertical:
+        raise AuditError("no certificate: in vertical training every owner sends a message of its own for a record")
     sent = crossing_shapes(recipe, shape, classes).cut[client.name]
     return certify(client.defenses, sent, couples_records(client.stage))
 
 
-def certificate_summary(recipe: Recipe, client: Client, train: Records, classes: int) -> dict[str, Any] | None:
-    """The certificate, with what a training on `train` came to in all; None where there is none."""
+def certificate_summary(recipe: Recipe, client: Client, share: Share, classes: int) -> dict[str, Any] | None:
+    """The certificate, with what the messages of a whole training came to; None where there is none."""
     try:
-        found = certificate_of(recipe, client, train.x.shape[1:], classes)
+        found = certificate_of(recipe, client, share.train.x.shape[1:], classes)
     except AuditError:
         return None
     if recipe.training.at_home:
         words = "trained at home: no release left in training"
         return {**found.to_dict(), "training": {"releases": 0, "joint_bits": 0.0, "words": words}}
-    size, training = recipe.training.batch_size, recipe.training
-    an_epoch = len(train) // size * size if training.drop_last_batch else len(train)
-    frozen = not any(parameter.requires_grad for parameter in client.stage.parameters())
-    releases = an_epoch * training.epochs
-    if frozen and client.keeps_releases:
-        releases = min(releases, len(train))
-    bits = releases * found.bits_per_release
+    size, training, train = recipe.training.batch_size, recipe.training, len(share.train)
+    releases = (train // size * size if training.drop_last_batch else train) * training.epochs
+    tests = len(share.test) * training.epochs
+    if client.keeps_releases and not any(parameter.requires_grad for parameter in client.stage.parameters()):
+        releases, tests = min(releases, train), len(share.test)
+    bits = (releases + tests) * found.bits_per_release
     words = (
-        f"in training {releases:,} releases: at most {bits:,.0f} bits about all records of {client.name} together; "
-        "test records, which cross after every epoch, come on top"
+        f"in training {releases:,} releases, and {tests:,} of test records: at most {bits:,.0f} bits about all records "
+        f"of {client.name} together; they do not add up per record, unless no weight of the client's stage was learned "
+        "from it or fitted to it"
     )
-    if not frozen:
-        words += "; they do not add up per record, for the client's stage was trained on the records themselves"
-    return {**found.to_dict(), "training": {"releases": releases, "joint_bits": bits, "words": words}}
+    return {**found.to_dict(), "training": {"releases": releases + tests, "joint_bits": bits, "words": words}}
 
 
 def client_flops_share(recipe: Recipe, shape: Sequence[int], classes: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import final
 
 import pytest
 import torch
@@ -166,6 +167,29 @@ def test_honest_releases_are_hardly_ever_called_false() -> None:
         found = check_releases(z + 0.5 * torch.randn(5, 20, WIDTH, generator=generator), claimed)
         worst = min(worst, found.p_noise, found.p_clip)
     assert 1e-5 < worst < 0.05  # over 600 looks: rare, as it should be, and not never
+
+
+def test_very_many_releases_are_judged_as_few_are() -> None:
+    claimed = certificate(400, 20.0, 0.5)
+    z = 0.5 * torch.randn(4, 300, 400, generator=torch.Generator().manual_seed(0))  # 360,000 degrees of freedom
+    assert 1e-4 < check_releases(z, claimed).p_noise < 1 - 1e-4
+    assert not check_releases(0.98 * z, claimed).agrees
+
+
+@final
+class _Louder(Defense):
+    """A user's own, which undoes the clip."""
+
+    def describe(self) -> str:
+        return "ten times as loud"
+
+    def transform(self, z: Tensor) -> Tensor:
+        return 10 * z
+
+
+def test_a_defense_that_nothing_is_known_of_has_no_certificate() -> None:
+    with pytest.raises(AuditError, match="ten times as loud changes what is sent in a way that nothing is known of"):
+        certify([Clipping(1.0), _Louder(), Noise(0.5)], (4,))
 
 
 def test_releases_of_another_form_are_refused() -> None:

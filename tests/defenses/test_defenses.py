@@ -61,7 +61,7 @@ def test_noise_has_its_sigma_never_repeats_and_passes_the_gradient() -> None:
     z, stream = torch.zeros(200, 300, requires_grad=True), _noise()
     one, two = Noise(0.5).release(z, stream), Noise(0.5).release(z, stream)
     assert one.std().item() == pytest.approx(0.5, rel=0.01)
-    assert not (one == two).any()
+    assert float((one == two).double().mean()) < 1e-3  # values lie on a grid, so a few are equal by chance
     assert stream.block == 2
     one.sum().backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None

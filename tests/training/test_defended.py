@@ -179,6 +179,10 @@ def test_a_recipe_from_before_keeps_its_digest() -> None:
         ({"defense": {"labels": {}}}, "expected cut.back_at (U-shaped) or parties.mode vertical"),
         ({"defense": CHANNEL, "parties": parties("vertical", CLIENTS[:2])}, "go with whole records"),
         ({"training": training(client_learns="ends")}, "network.start must say which"),
+        ({"training": training(client_learns="nothing"), "parties": parties("splitfed2")}, "expected one client"),
+        ({"defense": {"channel": {"sigma": 1e-9}}}, "sigma is 1e-09; expected 0, or 1e-06 and more"),
+        ({"defense": {"channel": {"clip": 1e200}}}, "defense.channel.clip"),
+        ({"defense": {"noise": {"sigma": 1e200}}}, "defense.noise.sigma"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(tables: dict[str, Any], words: str) -> None:
@@ -219,10 +223,26 @@ def test_the_summary_tells_the_certificate_and_what_a_training_came_to(tmp_path:
     recipe = recipe_of(defense=CHANNEL)
     found = train(recipe, tmp_path / "run")["certificate"]
     assert found["bits_per_release"] == certify(defenses(recipe), (16,)).bits_per_release
-    assert found["training"]["releases"] == 2 * 96
-    assert found["training"]["joint_bits"] == pytest.approx(192 * found["bits_per_release"])
+    assert found["training"]["releases"] == 2 * (96 + 40)  # and the test records after every epoch
+    assert found["training"]["joint_bits"] == pytest.approx(272 * found["bits_per_release"])
     assert "do not add up per record" in found["training"]["words"]
     assert train(recipe_of(), tmp_path / "bare")["certificate"] is None
+
+
+def test_every_owner_of_columns_sends_so_there_is_no_certificate(tmp_path: Path) -> None:
+    pictures = {"network": {"name": "cnn", "settings": {"width": 8}}, "cut": {"at": "block1"}}
+    owners = parties("vertical", CLIENTS[:2])
+    recipe = recipe_of(**pictures, parties=owners, defense={"clipping": {"clip": 1.0}, "noise": {"sigma": 0.5}})
+    assert train(recipe, tmp_path / "run")["certificate"] is None
+
+
+def test_a_start_of_another_deal_is_told(home: Path, tmp_path: Path) -> None:
+    one, other = (
+        train(recipe_of(network=_network(home), defense=CHANNEL, seed=seed), tmp_path / f"seed{seed}")
+        for seed in (0, 1)
+    )
+    assert not any("trained on another deal" in caution for caution in one["cautions"])
+    assert any("trained on another deal of records" in caution for caution in other["cautions"])
 
 
 # Label protection.
@@ -419,9 +439,21 @@ def test_the_ledger_of_queries_stops_before_anything_is_sent(
     assert crossed == []
     assert (run / "queries.ledger").stat().st_size == 2 * 30 * 16
     (run / "noise.key").rename(tmp_path / "noise.key")
-    with pytest.raises(RunError, match=r"noise.key is missing: without it queries.ledger counts nothing"):
+    with pytest.raises(RunError, match=r"noise\.key is missing: without it queries\.ledger counts nothing"):
         _asked(run, records, tmp_path)
     (tmp_path / "noise.key").rename(run / "noise.key")
-    (run / "queries.ledger").write_bytes(b"half")
-    with pytest.raises(RunError, match=r"queries.ledger: damaged"):
+    # a write that was cut off: nothing had left for it
+    (run / "queries.ledger").write_bytes((run / "queries.ledger").read_bytes()[: 30 * 16] + b"half")
+    _asked(run, records, tmp_path)
+    assert (run / "queries.ledger").stat().st_size == 2 * 30 * 16
+
+
+def test_a_ledger_of_kept_releases_is_nothing_without_their_key(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, records = trained
+    _told(run, keep_releases=True, most_queries=1)
+    _asked(run, records, tmp_path)
+    _asked(run, records, tmp_path)
+    (run / "noise.key").unlink()
+    with pytest.raises(RunError, match=r"noise\.key is missing"):
         _asked(run, records, tmp_path)
+    assert not (run / "noise.key").exists()
