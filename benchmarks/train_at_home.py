@@ -1,6 +1,6 @@
 """Defending a network that is there already: trained at home, fine-tuned with a defense for some epochs, then attacked.
 
-    python -m benchmarks.train_at_home --data DIR --set fashion-mnist|cifar10 [--seeds 0,1,2] [--cells DIR] [--quick]
+    python -m benchmarks.train_at_home --data DIR --set fashion-mnist|cifar10 [--seeds 0,1,2] [--attacks NAME,...]
 
 The setting of NoPeek-Infer: all training happens at the client's own site, the server gets its stage and answers
 queries. For each seed the undefended network is trained first (the recipe's epochs), then each defense begins with its
@@ -54,10 +54,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--cells", type=Path, default=Path("runs/at-home"))
     parser.add_argument("--quick", action="store_true", help="quick audits")
+    parser.add_argument("--attacks", help="only these, as of milkglass audit")
     arguments = parser.parse_args()
+    audit = ["--quick"] if arguments.quick else []
+    audit += [] if arguments.attacks is None else ["--attacks", arguments.attacks]
     rows: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
-        for defense, row in make(arguments.name, seed, arguments.data, arguments.cells, quick=arguments.quick).items():
+        for defense, row in make(arguments.name, seed, arguments.data, arguments.cells, audit).items():
             rows.setdefault(defense, []).append(row)
     print(f"<!-- {command_line()}; {machine_line()} -->\n")
     print("| defense | seeds | accuracy, % | lost, points | peek, fresh | ten releases | bits | client's FLOPs, % |")
@@ -73,8 +76,8 @@ def main() -> None:
         print(f"| {defense} | {len(found)} | " + " | ".join(cells) + " |")
 
 
-def make(name: str, seed: int, data: Path, cells: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
-    """Of one seed: the home network fine-tuned without a defense, and with each."""
+def make(name: str, seed: int, data: Path, cells: Path, audit: list[str]) -> dict[str, dict[str, Any]]:
+    """Of one seed: the home network fine-tuned without a defense, and with each. audit: options of the audits."""
     train, test = (data.resolve() / file for file in FILES[name])
     recipe = str(EXAMPLES / f"{name}.toml")
     common = [f"seed={seed}", f"data.path={train}", f"data.test_path={test}", *HOME[name]]
@@ -89,17 +92,17 @@ def make(name: str, seed: int, data: Path, cells: Path, *, quick: bool) -> dict[
         which = "ends" if ENDS in settings else "all"
         if defense == "none":
             reference["all"] = out
-            rows[defense] = _row(out, out, out, quick=quick, audited=False)
+            rows[defense] = _row(out, out, out, None)
             continue
         if which not in reference:
             reference[which] = cells / f"{name}-none-{which}-seed{seed}"
             _train(reference[which], recipe, [*later, "defense={}", ENDS])
-        rows[defense] = _row(out, reference["all"], reference[which], quick=quick, audited=True)
+        rows[defense] = _row(out, reference["all"], reference[which], audit)
     return rows
 
 
-def _row(out: Path, fine_tuned: Path, reference: Path, *, quick: bool, audited: bool) -> dict[str, Any]:
-    """fine_tuned: without a defense. reference: what the audit takes for the undefended run of the same recipe."""
+def _row(out: Path, fine_tuned: Path, reference: Path, audit: list[str] | None) -> dict[str, Any]:
+    """fine_tuned: without a defense. reference: what the audit takes for the undefended run; audit: None for none."""
     summary, undefended = (json.loads((each / "summary.json").read_text()) for each in (out, fine_tuned))
     row = {
         "accuracy": summary["accuracy"],
@@ -109,9 +112,9 @@ def _row(out: Path, fine_tuned: Path, reference: Path, *, quick: bool, audited: 
         "fresh": float("nan"),
         "repeated": float("nan"),
     }
-    if audited:
+    if audit is not None:
         if not (out / "audit.json").exists():
-            _milkglass(out, "audit", str(out), "--reference", str(reference), *(["--quick"] if quick else []))
+            _milkglass(out, "audit", str(out), "--reference", str(reference), *audit)
         exposures = json.loads((out / "audit.json").read_text())["exposures"]
         row |= {name: found["value"] for name, found in exposures.items()}
         row["repeated"] = row["repeated"] if "repeated" in exposures else row["fresh"]  # nothing random: the same again

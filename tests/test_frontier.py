@@ -243,6 +243,7 @@ def test_bad_sweeps_are_refused(section: dict[str, Any], words: str) -> None:
 class Bench:
     """Trainings and audits that take no time: a channel of sigma s shows 0.1 / s of the record, and costs s / 10."""
 
+    records: str = "records"
     trained: list[str] = field(default_factory=list)
     audited: list[str] = field(default_factory=list)
     fails: Callable[[Recipe], MilkglassError | None] = lambda _: None
@@ -252,7 +253,7 @@ class Bench:
         self, recipe: Recipe, out: Path, key: None = None, *, resume: bool = False, progress: Any = None
     ) -> dict[str, Any]:
         self.trained.append(out.name)
-        folder = RunFolder.resume(out, recipe, "records")
+        folder = RunFolder.resume(out, recipe, self.records)
         error = self.fails(recipe)
         if error is not None:
             raise error
@@ -289,6 +290,8 @@ class Bench:
             "exposures": exposures,
             "verdict": self.verdict(folder.recipe),
             "strength": plan.strength,
+            "fresh_only": plan.fresh_only,
+            "attacks_asked_for": None,
         }
         folder.write_json("audit.json", content)
         return None, content
@@ -306,6 +309,8 @@ def _around(value: float) -> dict[str, float]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
     monkeypatch.setattr(frontier_files, "train", made.train)
+    monkeypatch.setattr(frontier_files, "deal_records", lambda recipe: recipe)
+    monkeypatch.setattr(frontier_files, "digest_of", lambda _: made.records)
     monkeypatch.setattr(frontier_files, "audit_run", made.audit_run)
     return made
 
@@ -503,7 +508,25 @@ def test_budgets_that_nothing_can_be_judged_by(bench: Bench, tmp_path: Path) -> 
     assert bench.trained == []
     assert not (tmp_path / "f").exists()
     notes = run_sweep(swept(), tmp_path / "f", {"bits": 16.0}).notes
-    assert notes == ["without a certificate, so outside any budget on bits: none"]
+    assert notes[0] == "without a certificate, so outside any budget on bits: none"
+    assert len(notes) == 2
+    assert "drawn from the same records as those that the choice was made on" in notes[1]
+
+
+def test_other_records_behind_the_same_recipe_are_refused(bench: Bench, tmp_path: Path) -> None:
+    run_sweep(swept(), tmp_path / "f")
+    bench.records = "other records"  # where they lie is no part of what a recipe agrees on
+    with pytest.raises(RunError, match="the records are not those that the run began with"):
+        run_sweep(swept(), tmp_path / "f")
+
+
+def test_an_audit_by_a_few_attacks_is_made_again(bench: Bench, tmp_path: Path) -> None:
+    found = run_sweep(swept(), tmp_path / "f")
+    path = tmp_path / "f" / found.rows[1].run / "audit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attacks_asked_for": ["ridge"]}))
+    bench.audited.clear()
+    run_sweep(swept(), tmp_path / "f")
+    assert bench.audited == [path.parent.name]
 
 
 # The pictures.
