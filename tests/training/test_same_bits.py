@@ -153,14 +153,18 @@ def test_a_different_bit_is_seen() -> None:
     model = build("mlp", (1, 8, 8), CLASSES, {}, public_source(0).generator("weights"))
     bottom, top = cut(model, "hidden1")
     with pytest.raises(AssertionError):
-        _assert_same_bits(bottom, top, OPTIMIZERS["adam"], [_Tilted()])
+        _assert_same_bits(bottom, top, OPTIMIZERS["adam"], [_Tilted(bottom)])
 
 
 class _Tilted(Defense):
-    """Changes the returned gradient in its last bits, which the twin does not do."""
+    """Changes a weight in its last bits after each batch, which the twin does not do."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._weight = next(stage.parameters())
 
     def describe(self) -> str:
         return "tilted"
 
-    def returned(self, dz: Tensor) -> Tensor:
-        return dz * (1 + 1e-6)
+    @torch.no_grad()
+    def learn(self, x: Tensor, z: Tensor) -> None:
+        self._weight.mul_(1 + 1e-6)
