@@ -63,18 +63,18 @@ class ChannelDefense(Section):
         None, ge=1e-6, le=1e6, description="The largest norm of a record's coordinates; default sqrt(width)."
     )
 
-    @model_validator(mode="after")
-    def _sigma_can_be_carried(self) -> Self:
-        if 0 < self.sigma < 1e-6:
-            raise ValueError(f"sigma is {self.sigma:g}; expected 0, or 1e-06 and more")
-        return self
-
     projection: Literal["linear", "mlp", "conv", "random", "pca"] = Field(
         "mlp",
         description="Learned: `linear`; `mlp`, with a hidden layer of 128; `conv`, for maps of 8 x 8 or more. "
         "Baselines that are fixed before training: `random`, and `pca`, fitted to the client's records as its first "
         "weights see them.",
     )
+
+    @model_validator(mode="after")
+    def _sigma_can_be_carried(self) -> Self:
+        if 0 < self.sigma < 1e-6:
+            raise ValueError(f"sigma is {self.sigma:g}; expected 0, or 1e-06 and more")
+        return self
 
 
 @final

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from milkglass.errors import RecipeError
 from milkglass.randomness import Source
 
 
@@ -50,6 +51,16 @@ def content_digest(values: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal."""
     raw = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+CARRIED: Final = (1e-6, 1e6)
+"""Smaller and larger lengths and sigmas are none that a float32 can carry beside others."""
+
+
+def check_carried(what: str, value: float) -> None:
+    """Raise RecipeError, which begins with `what`, for a length or a sigma out of range, or not a number."""
+    if not CARRIED[0] <= value <= CARRIED[1]:
+        raise RecipeError(f"{what} is {value}; expected a number from {CARRIED[0]:g} to {CARRIED[1]:g}")
 
 
 class NoiseSource(Protocol):

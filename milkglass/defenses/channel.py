@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milkglass.defenses.base import Defense, NoiseSource
+from milkglass.defenses.base import Defense, NoiseSource, check_carried
 from milkglass.defenses.clipping import clip_norm
-from milkglass.defenses.noise import SIGMAS, noisy
+from milkglass.defenses.noise import noisy
 from milkglass.errors import RecipeError, nearest
 
 Projection = Literal["linear", "mlp", "conv", "random", "pca"]
@@ -54,10 +54,10 @@ class Channel(Defense):
     ) -> None:
         if width < 1:
             raise RecipeError(f"channel: width is {width}; expected a whole number of 1 or more")
-        if clip is not None and not SIGMAS[0] <= clip <= SIGMAS[1]:
-            raise RecipeError(f"channel: clip is {clip}; expected a number from {SIGMAS[0]:g} to {SIGMAS[1]:g}")
-        if sigma != 0 and not SIGMAS[0] <= sigma <= SIGMAS[1]:
-            raise RecipeError(f"channel: sigma is {sigma}; expected 0, or a number from {SIGMAS[0]:g} to {SIGMAS[1]:g}")
+        if clip is not None:
+            check_carried("channel: clip", clip)
+        if sigma != 0:
+            check_carried("channel: sigma", sigma)
         if projection not in PROJECTIONS:
             raise RecipeError(f"channel: projection {projection!r} is not known; {nearest(projection, PROJECTIONS)}")
         self.width = width

@@ -14,8 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from milkglass.defenses.base import Defense
-from milkglass.errors import RecipeError
+from milkglass.defenses.base import Defense, check_carried
 
 
 def clip_norm(z: Tensor, clip: float) -> Tensor:
@@ -33,8 +32,7 @@ class Clipping(Defense):
     """What is sent for a record has a Euclidean norm of at most `clip`, in the activations' unit."""
 
     def __init__(self, clip: float) -> None:
-        if not 1e-6 <= clip <= 1e6:
-            raise RecipeError(f"clipping: clip is {clip}; expected a number from 1e-06 to 1e+06")
+        check_carried("clipping: clip", clip)
         self.clip = clip
 
     def __repr__(self) -> str:

@@ -21,28 +21,24 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor
 
-from milkglass.defenses.base import Defense, NoiseSource
+from milkglass.defenses.base import Defense, NoiseSource, check_carried
 from milkglass.errors import RecipeError, nearest
 
 Kind = Literal["gaussian", "laplace"]
 KINDS: Final = ("gaussian", "laplace")
 GRID: Final = 2.0**12
 """Releases are multiples of sigma over this, rounded down to a power of two: float32 holds them exactly."""
-SIGMAS: Final = (1e-6, 1e6)
-"""Smaller and larger ones are no noise that a float32 can carry."""
 
 
-def unit_noise(z: Tensor, kind: Kind, noise: NoiseSource, purpose: str) -> Tensor:
-    """Noise of mean 0 and variance 1 in the shape of `z` (B, ...); `purpose` names what for."""
-    return noise.gaussian_like(z, purpose) if kind == "gaussian" else noise.laplace_like(z, purpose)
+def unit_noise(z: Tensor, kind: Kind, noise: NoiseSource, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Noise of mean 0 and variance 1 in the shape of `z` (B, ...) and its dtype or another; `purpose`: what for."""
+    draw = noise.gaussian_like if kind == "gaussian" else noise.laplace_like
+    return draw(z, purpose, dtype)
 
 
 def noisy(z: Tensor, sigma: float, kind: Kind, noise: NoiseSource, purpose: str) -> Tensor:
     """`z` (B, ...) plus noise of standard deviation `sigma`, on the grid; the gradient is that of `z`."""
-    if kind == "gaussian":
-        drawn = noise.gaussian_like(z, purpose, torch.float64)
-    else:
-        drawn = noise.laplace_like(z, purpose, torch.float64)
+    drawn = unit_noise(z, kind, noise, purpose, torch.float64)
     with torch.no_grad():
         step = 2.0 ** math.floor(math.log2(sigma / GRID))
         summed = ((z.double() + sigma * drawn) / step).round_() * step
@@ -63,8 +59,7 @@ class Noise(Defense):
     """
 
     def __init__(self, sigma: float, kind: Kind = "gaussian") -> None:
-        if not SIGMAS[0] <= sigma <= SIGMAS[1]:
-            raise RecipeError(f"noise: sigma is {sigma}; expected a number from {SIGMAS[0]:g} to {SIGMAS[1]:g}")
+        check_carried("noise: sigma", sigma)
         check_kind(kind, "noise")
         self.sigma = sigma
         self.kind: Kind = kind

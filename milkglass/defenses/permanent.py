@@ -5,8 +5,8 @@ which memoizes its first answer. Where we differ: nothing is stored. The noise o
 key, from its stage's weights and from the record's bytes, so whoever asks a hundred times sees one release.
 
 What it does not do: a record that differs in one value is another record, with noise of its own. And activations may
-differ in their last bits where a record is computed beside others; the channel rounds its releases, so that these
-differences stay below what is sent but for one value in some thousands.
+differ in their last bits where a record is computed beside others; releases are rounded to a grid (`noise.py`), so that
+these differences stay below what is sent but for one value in some thousands.
 """
 
 from __future__ import annotations

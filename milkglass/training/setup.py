@@ -161,21 +161,7 @@ def make_client(
                 "leave it to milkglass to seed torch (fine for weights that are public and pretrained)",
             )
         )
-    has_ends = False
-    if recipe.network.start is not None:
-        has_ends = start_from(recipe.network.start, "bottom.safetensors", own.bare[0], own.bottom)
-        if own.head is not None:
-            start_from(recipe.network.start, "head.safetensors", own.head, own.head)
-    if not has_ends:
-        prepare(chosen, own.bare[0], share.train.x)
-    coupled = couples_records(own.bare[0])
-    if recipe.training.client_learns == "ends" and coupled:
-        raise CutError(
-            f"BatchNorm ({coupled[0]}) in the client's stage moves its statistics in training, and "
-            "training.client_learns = 'ends' says that the stage stays: use nn.GroupNorm, or 'nothing'"
-        )
-    if recipe.training.client_learns != "all":
-        (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
+    _begin(recipe, own, chosen, share)
     cut_shape = _output(public.bottom, shape)
     if recipe.defense.certified:
         certify(chosen, cut_shape, couples_records(own.bottom))  # before anything is sent
@@ -197,6 +183,25 @@ def make_client(
         source=private,
     )
     return client, tuple(cautions)
+
+
+def _begin(recipe: Recipe, own: Parts, chosen: Sequence[Defense], share: Share) -> None:
+    """The weights that a client's parts begin with, its defenses' ends fitted to its records, and what of it learns."""
+    has_ends = False
+    if recipe.network.start is not None:
+        has_ends = start_from(recipe.network.start, "bottom.safetensors", own.bare[0], own.bottom)
+        if own.head is not None:
+            start_from(recipe.network.start, "head.safetensors", own.head, own.head)
+    if not has_ends:
+        prepare(chosen, own.bare[0], share.train.x)
+    coupled = couples_records(own.bare[0])
+    if recipe.training.client_learns == "ends" and coupled:
+        raise CutError(
+            f"BatchNorm ({coupled[0]}) in the client's stage moves its statistics in training, and "
+            "training.client_learns = 'ends' says that the stage stays: use nn.GroupNorm, or 'nothing'"
+        )
+    if recipe.training.client_learns != "all":
+        (own.bare[0] if recipe.training.client_learns == "ends" else own.bottom).requires_grad_(False)
 
 
 def make_desk(recipe: Recipe, shape: Sequence[int], classes: int, shapes: Shapes, private: Source) -> Desk:

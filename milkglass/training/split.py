@@ -237,10 +237,10 @@ def train(
     progress = progress or Silence()
     with computing_with(recipe.threads):
         setup = set_up(recipe, key)  # before the folder: a recipe that cannot run leaves no trace
-        setup = replace(setup, cautions=(*setup.cautions, *_of_other_records(setup)))
         for seat in setup.seats:
             seat.client.check_egress(seat.share.train.x[:8])
         digest = digest_of(setup.records)
+        setup = replace(setup, cautions=(*setup.cautions, *_of_other_records(recipe.network.start, digest)))
         folder = RunFolder.resume(out, recipe, digest) if resume else RunFolder.create(out, recipe, digest)
         with folder.locked():
             if folder.finished:
@@ -261,10 +261,9 @@ def train(
     return summary
 
 
-def _of_other_records(setup: Setup) -> list[Caution]:
+def _of_other_records(start: str | None, digest: str) -> list[Caution]:
     """A caution where the run that this one begins with had its records dealt otherwise: from another seed, say."""
-    start = setup.recipe.network.start
-    if start is None or RunFolder(Path(start), setup.recipe).records_digest == digest_of(setup.records):
+    if start is None or RunFolder.open_finished(Path(start), ("records.sha256",)).records_digest == digest:
         return []
     return [
         Caution(

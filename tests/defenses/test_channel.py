@@ -148,8 +148,8 @@ def test_settings_out_of_range() -> None:
         ({"width": 0}, "channel: width is 0; expected a whole number of 1 or more"),
         ({"clip": 0.0}, "channel: clip is 0.0; expected a number from 1e-06 to 1e+06"),
         ({"clip": math.inf}, "channel: clip is inf"),
-        ({"sigma": -0.1}, "channel: sigma is -0.1; expected 0, or a number from 1e-06"),
-        ({"sigma": 1e-9}, "channel: sigma is 1e-09; expected 0, or a number from 1e-06 to 1e+06"),
+        ({"sigma": -0.1}, "channel: sigma is -0.1; expected a number from 1e-06"),
+        ({"sigma": 1e-9}, "channel: sigma is 1e-09; expected a number from 1e-06 to 1e+06"),
         ({"projection": "pac"}, "did you mean 'pca'?"),
     ):
         with pytest.raises(RecipeError, match=re.escape(words)):
