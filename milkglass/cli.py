@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,6 +18,9 @@ from milkglass.cli_bounds import bounds
 from milkglass.cli_frontier import frontier
 from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
 from milkglass.errors import MilkglassError, StopError
+
+if TYPE_CHECKING:
+    from milkglass.audit import Audit
 
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
@@ -167,7 +170,7 @@ def audit(
     """
     from milkglass.audit_files import Plan, audit_recorded, audit_run, where_recorded
     from milkglass.progress import AuditProgress, TrainingProgress
-    from milkglass.verdict import BITS, parse_budget
+    from milkglass.verdict import parse_budget
 
     if quick and thorough:
         raise MilkglassError("--quick and --thorough: expected one of them, or neither")
@@ -189,6 +192,24 @@ def audit(
             run, plan, reference=reference, out=out, training=TrainingProgress, watching=AuditProgress
         )
     subject = run or activations
+    _tell_findings(subject, found)
+    accuracy = ""
+    if recorded is None:
+        accuracy = (
+            f"; defense {content['defense']}; accuracy {content['accuracy']:.3f}, of the undefended reference "
+            f"{content['reference_accuracy']:.3f}"
+        )
+    print(
+        f"{subject}: {found.verdict}{'' if budget is None else f' ({budget})'}: peek {found.peek.value:.3f}, "
+        f"95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack {found.best_attack}{accuracy}"
+    )
+    raise typer.Exit(EXIT_BY_VERDICT[found.verdict])
+
+
+def _tell_findings(subject: Path | None, found: Audit) -> None:
+    """All but the verdict, line by line."""
+    from milkglass.verdict import BITS
+
     for note in found.notes:
         print(f"{subject}: {note}")
     for left in found.skipped:
@@ -202,17 +223,6 @@ def audit(
     for name, measure in found.measures.items():
         if name not in ("peek", BITS):  # the certificate's own words say more of its bits
             print(f"{subject}: {name} {measure.value:.3f}, 95 % interval {measure.low:.3f} to {measure.high:.3f}")
-    accuracy = ""
-    if recorded is None:
-        accuracy = (
-            f"; defense {content['defense']}; accuracy {content['accuracy']:.3f}, of the undefended reference "
-            f"{content['reference_accuracy']:.3f}"
-        )
-    print(
-        f"{subject}: {found.verdict}{'' if budget is None else f' ({budget})'}: peek {found.peek.value:.3f}, "
-        f"95 % interval {found.peek.low:.3f} to {found.peek.high:.3f}, best attack {found.best_attack}{accuracy}"
-    )
-    raise typer.Exit(EXIT_BY_VERDICT[found.verdict])
 
 
 @app.command()
