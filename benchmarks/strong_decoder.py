@@ -4,10 +4,10 @@
 
 An audit's attacker has 6,000 pairs, some hundred steps and a small network. This one has all pictures of the training
 file but the private ones and 1,000 to validate on, moved about; the client's weights and the law of its noise, so that
-no two batches are alike; and a decoder of some 15 million weights. RUN is a finished run on pictures; the reference is
-its undefended twin, whose answers the attacker is entitled to. One decoder for each thing that may be seen: the answer
-alone, one release, the mean of ten releases, what crosses before any noise; and, as the open door that a strong
-attacker has to walk through, the picture itself behind a random rotation.
+no two batches are alike; and a decoder of some 20 million weights on top of ridge regression. RUN is a finished run on
+pictures; the reference is its undefended twin, whose answers the attacker is entitled to. One decoder for each thing
+that may be seen: the answer alone, one release, the mean of ten releases, what crosses before any noise; and, as the
+open door that a strong attacker has to walk through, the picture itself behind a random rotation.
 
 Decoders are chosen by their error on validation records and scored on the run's test records. `peek` is as in an audit,
 with the answer alone decoded by the same network. Random numbers come from generators on the device: figures repeat on
@@ -40,11 +40,14 @@ from milkglass.training.split import Setup
 
 BATCH: Final = 512
 LEARNING_RATE: Final = 1e-3
-CHECKS: Final = 20
+CHECKS: Final = 10
 AVERAGED: Final = 0.998
 """Of the decoder's weights a mean over about 1 / (1 - this) steps is kept; it is what rebuilds."""
 WIDE: Final = 1024
-MAPS: Final = (256, 128, 64)
+MAPS: Final = (256, 128)
+LEAST_LOG: Final = math.log(1e-12)
+RIDGE: Final = 1e-5
+"""Of the mean of the features' squares, added to each."""
 SIGHTS: Final = ("the answer alone", "one release", "ten releases", "no noise", "the picture, rotated")
 OPEN_DOOR: Final = SIGHTS[-1]
 Sight = Callable[[Tensor, Tensor], Tensor]
@@ -70,9 +73,9 @@ class Client:
         return z.flatten(1)
 
     def answer(self, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-        """The reference's class probabilities, and the label."""
-        probabilities_BK = self._answering(x_BCHW).softmax(dim=1)
-        return torch.cat([probabilities_BK, F.one_hot(y_B, self._classes)], dim=1)
+        """The reference's class probabilities, their logarithms, and the label."""
+        log_BK = self._answering(x_BCHW).log_softmax(dim=1).clamp_min(LEAST_LOG)
+        return torch.cat([log_BK.exp(), log_BK, F.one_hot(y_B, self._classes)], dim=1)
 
 
 def sight(what: str, client: Client, values: int, generator: torch.Generator) -> Sight:
@@ -96,29 +99,42 @@ def sight(what: str, client: Client, values: int, generator: torch.Generator) ->
 
 @final
 class Decoder(nn.Module):
-    """Features (B, F) -> pictures (B, C, H, W), sides divisible by 4: a perceptron, then convolutions."""
+    """Features (B, F) -> pictures (B, C, H, W), sides divisible by 4: the ridge image, and a correction learned on top.
 
-    def __init__(self, features: int, shape: tuple[int, int, int]) -> None:
+    The correction is a perceptron, then convolutions at a quarter and at half of the size; zero at the start.
+    """
+
+    def __init__(self, ridge_FP: Tensor, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        channels, *sides = shape
-        self._coarse = (MAPS[0], *(side // 4 for side in sides))
+        channels, height, width = shape
+        self._shape, self._coarse = shape, (MAPS[0], height // 4, width // 4)
+        self.ridge_FP: Tensor
+        self.register_buffer("ridge_FP", ridge_FP)
+        features = len(ridge_FP) - 1
         self.first = nn.Sequential(nn.BatchNorm1d(features, affine=False), nn.Linear(features, WIDE), nn.GELU())
         self.wide = nn.ModuleList(_wide_block() for _ in range(2))
         self.spread = nn.Linear(WIDE, math.prod(self._coarse))
-        parts: list[nn.Module] = []
-        for before, after in zip(MAPS, (*MAPS[1:], None), strict=True):
-            parts += [_Residual(before), _Residual(before)]
-            if after is not None:
-                parts += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
-        self.picture = nn.Sequential(*parts, nn.GroupNorm(8, MAPS[-1]), nn.GELU(), nn.Conv2d(MAPS[-1], channels, 1))
+        last = nn.Conv2d(MAPS[1], channels * 4, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.picture = nn.Sequential(
+            *(_Residual(MAPS[0]) for _ in range(2)),
+            nn.Conv2d(MAPS[0], MAPS[1] * 4, 1),
+            nn.PixelShuffle(2),
+            *(_Residual(MAPS[1]) for _ in range(2)),
+            nn.BatchNorm2d(MAPS[1]),
+            nn.GELU(),
+            last,
+            nn.PixelShuffle(2),
+        )
 
     def forward(self, seen_BF: Tensor) -> Tensor:
+        image = ridge_image(self.ridge_FP, seen_BF).reshape(-1, *self._shape)
         hidden = self.first(seen_BF)
         for block in self.wide:
             hidden = hidden + block(hidden)
         maps = self.spread(hidden).reshape(-1, *self._coarse)
-        made: Tensor = self.picture(maps.contiguous(memory_format=torch.channels_last))
-        return made
+        correction: Tensor = self.picture(maps.contiguous(memory_format=torch.channels_last))
+        return image + correction
 
 
 def _wide_block() -> nn.Module:
@@ -129,12 +145,38 @@ def _wide_block() -> nn.Module:
 class _Residual(nn.Module):
     def __init__(self, maps: int) -> None:
         super().__init__()
-        layers = [[nn.GroupNorm(8, maps), nn.GELU(), nn.Conv2d(maps, maps, 3, padding=1)] for _ in range(2)]
+        layers = [[nn.BatchNorm2d(maps), nn.GELU(), nn.Conv2d(maps, maps, 3, padding=1)] for _ in range(2)]
         self.layers = nn.Sequential(*layers[0], *layers[1])
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         made: Tensor = maps_BCHW + self.layers(maps_BCHW)
         return made
+
+
+def with_one(seen_BF: Tensor) -> Tensor:
+    """A column of ones behind the features."""
+    return torch.cat([seen_BF, seen_BF.new_ones(len(seen_BF), 1)], dim=1)
+
+
+def ridge_image(ridge_FP: Tensor, seen_BF: Tensor) -> Tensor:
+    """Flat pictures (B, P) by ridge regression, in float32."""
+    with torch.autocast(seen_BF.device.type, enabled=False):
+        return with_one(seen_BF.float()) @ ridge_FP
+
+
+@torch.no_grad()
+def ridge(seen: Sight, known: Pictures) -> Tensor:
+    """Weights (F + 1, P) of the least squared error on all known records, each seen once."""
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    for start in range(0, len(known), BATCH):
+        x, y = known.take(slice(start, start + BATCH))
+        one_BF = with_one(seen(x, y)).double()
+        gram, cross = gram + one_BF.T @ one_BF, cross + one_BF.T @ x.flatten(1).double()
+    assert isinstance(gram, Tensor)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    weights_FP: Tensor = torch.linalg.solve(gram, cross)
+    return weights_FP.float()
 
 
 def moved(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,8 +243,8 @@ def record_errors(decoder: nn.Module, seen: Sight, pictures: Pictures) -> Tensor
 def train(seen: Sight, known: Pictures, validation: Pictures, steps: int, generator: torch.Generator) -> nn.Module:
     """The decoder, averaged over its last steps, that is best on validation records."""
     device = generator.device
-    x, y = known.take(slice(0, 2))
-    decoder: nn.Module = Decoder(seen(x, y).shape[1], (x.shape[1], x.shape[2], x.shape[3])).to(device)
+    _, *shape = known.take(slice(0, 1))[0].shape
+    decoder: nn.Module = Decoder(ridge(seen, known), (shape[0], shape[1], shape[2])).to(device)
     decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
