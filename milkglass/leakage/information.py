@@ -117,18 +117,16 @@ def sub_gaussian_gap_bound(gap: float, scale: float) -> GapBound:
     return GapBound(0.5 + u * u * math.exp(-u * u / 2), scale * u)
 
 
-def clipped_gap_bound(
-    member_M: Tensor, other_O: Tensor, *, exhaustive: bool = False, confidence: float = 0.95
-) -> ClippedBound:
+def clipped_gap_bound(member_M: Tensor, other_O: Tensor, *, confidence: float = 0.95) -> ClippedBound:
     """Lower bound on the best membership attack's success, for losses of at least 0, with no promise about their tails.
 
     The greatest over R of 1/2 + (E[min(loss, R) | not a member] - E[min(loss, R) | member]) / (2 R): the success of an
     attack that says "member" below a threshold drawn evenly from 0 to R. So the best threshold on the loss does as well
     or better, and so does the best attack. `low` holds with the confidence said, although R is chosen on the losses.
 
-    member_M, other_O: losses of independently drawn records. With `exhaustive` the M are the whole training set of one
-    model, its game draws members from just those, and only the other records have a chance error. Sound one way only:
-    members with no smaller losses read .5, and .5 says nothing about attacks that use more than the loss.
+    member_M, other_O: losses of independently drawn records; members of one model are not quite that, for they shaped
+    it together. Sound one way only: members with no smaller losses read .5, and .5 says nothing about attacks that use
+    more than the loss.
 
     Raises AuditError for losses that are negative or not finite, for none, and for a confidence not in [.5, 1).
     """
@@ -142,8 +140,8 @@ def clipped_gap_bound(
     # over [0, R]. By Dvoretzky, Kiefer, Wolfowitz and Massart (1990), each with chance 1 - share at least, F_member >=
     # its step function - e_M and F_other <= its step function + e_O at all losses at once, e = sqrt(ln(1/share) / 2n)
     # (share <= 1/2). So at every R at once the truth is at least what is measured less (e_M + e_O) / 2.
-    share = (1 - confidence) / (1 if exhaustive else 2)
-    error = sum(math.sqrt(-math.log(share) / (2 * n)) for n in (len(member) * (not exhaustive), len(other)) if n)
+    share = (1 - confidence) / 2
+    error = sum(math.sqrt(-math.log(share) / (2 * len(losses))) for losses in (member, other))
     # Between two distinct losses the step functions stand still and the mean moves towards their difference, one way
     # only: it is greatest at a loss.
     loss_L = np.unique(np.concatenate([[0.0], member, other]))
