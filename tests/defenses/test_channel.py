@@ -84,6 +84,34 @@ def test_without_sigma_it_is_a_plain_bottleneck() -> None:
     assert not twin.random
 
 
+def test_what_gets_how_much_signal_over_the_noise_is_learned() -> None:
+    """One of 16 directions tells the class: under a clip and noise, what power there is goes to it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 16, generator=generator)
+    y = (x[:, 3] > 0).long()
+    channel = Channel(width=4, sigma=1.0, projection="linear")
+    with drawing_from(torch.Generator().manual_seed(1)):
+        bottom, top = channel.around(nn.Identity(), nn.Linear(16, 2), (16,))
+    channel.prepare(x)
+    linear = bottom.get_submodule("channel.linear")
+
+    def share() -> float:
+        """Of the signal's power, what goes to that direction; the noise is the same for all."""
+        power_H = linear.get_parameter("weight").detach().square().sum(0)
+        return (power_H[3] / power_H.sum()).item()
+
+    before = share()
+    optimizer = torch.optim.Adam([*bottom.parameters(), *top.parameters()], lr=1e-2)
+    noise = _noise()
+    for rows in torch.randperm(2048, generator=generator).repeat(10).split(128):
+        loss = nn.functional.cross_entropy(top(channel.release(bottom(x[rows]), noise)), y[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert before < 0.15
+    assert share() > 0.6
+
+
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_ends_change_the_width_and_give_the_shape_back(projection: Projection) -> None:
     with drawing_from(torch.Generator().manual_seed(0)):
