@@ -16,6 +16,7 @@ plays the same game. Where we differ:
   scored on each record by the fit to all the others (Allen 1974). The penalty is on the better of the two.
 
 It certifies nothing. The stage learns to beat these two, and another decoder may see more: audit what it leaves.
+Do-nothing twin: a weight of 0.
 
 Legend: B records in a batch, K classes in it, C channels, H height, W width of a picture, A maps of h by w activations,
 D activations, P values a record.

@@ -15,7 +15,7 @@ which one alone can be above zero. A gradient of zero, and a batch of one class,
 
 Neither promises anything for one record: the sum of divergences is that of the model, and gradients are no Gaussians.
 The noise has mean zero, so who is sent many gradients of one record averages it away; their sum over a batch still
-tells the server's weights, and what these tell of labels in general.
+tells the server's weights, and what these tell of labels in general. Do-nothing twin: leave it out.
 """
 
 from __future__ import annotations

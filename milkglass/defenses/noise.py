@@ -9,8 +9,8 @@ Legend: B records in a batch.
 
 Floating-point noise can betray what it hides by its last bits (Mironov, CCS 2012; Jin et al., arXiv 2112.05307): some
 sums can come of some values alone. So the sum is computed in float64 and rounded to a grid of sigma / 2^12 that does
-not depend on the record: what can be sent for one can be sent for any. Left as it is: tails end at 8.6 sigma, and how
-long it takes is not hidden.
+not depend on the record: what can be sent for one can be sent for any. Left as it is: tails end (the Gaussian at 8.6
+sigma, Laplace further out), and how long it takes is not hidden.
 """
 
 from __future__ import annotations

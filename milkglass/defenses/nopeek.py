@@ -5,7 +5,7 @@ Where we differ from the authors' code: distances are exact on the diagonal, the
 to their biased estimate there is the bias-corrected one. The loss is the server's, with weight 1, plus `weight` times
 the penalty (theirs weights both). The penalty is computed by the client alone, on exactly what it sends.
 
-It is a regularizer and certifies nothing: audit what it leaves.
+It is a regularizer and certifies nothing: audit what it leaves. Do-nothing twin: a weight of 0.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ other) are then hard to tell apart: P(S | one) <= exp(epsilon) P(S | other) + de
 one release; several add up. Lower epsilon and delta = more private.
 
 The certificate is about real numbers. Noise in floating point has gaps and ends that can tell inputs apart (Mironov
-2012), which nothing here accounts for.
+2012), which nothing here accounts for; `defenses/noise.py` says what is done about it where releases are made.
 
 Where we differ: the paper's difference of two normal tails loses its digits to cancellation and its exp(epsilon)
 overflows. With a = sensitivity / 2 sigma - epsilon sigma / sensitivity, b = a - sensitivity / sigma, and Mills' ratio
