@@ -134,7 +134,7 @@ def audit(
     """Attack the trials, one per exposure, and judge the worst of them against the budget.
 
     The best attack is chosen on validation records and scored on test records. attacks: instead of those of `strength`.
-    certificate, check: of the defenses, and whether releases agree with it; where they do not there is no verdict.
+    certificate, check: of the defenses, and whether releases made anew agree with it; if not there is no verdict.
     kept: where results are kept, so that an interrupted audit goes on. notes: what else a reader has to know. Raises
     AuditError for a trial that no attack can be judged on. See docs/concepts.md for the words.
     """
@@ -331,8 +331,8 @@ def _disagreement(check: ReleaseCheck | None) -> list[str]:
     if check is None or check.agrees:
         return []
     return [
-        f"what was sent speaks against the certificate: noise of sigma {check.sigma:.4g}, mean releases up to "
-        f"{check.longest:.4g} long; it is void"
+        "releases that the audit made anew with the run's own client speak against the certificate: noise of sigma "
+        f"{check.sigma:.4g}, of one record {check.least:.4g}, mean releases up to {check.longest:.4g} long; it is void"
     ]
 
 

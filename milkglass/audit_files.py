@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,14 +16,15 @@ from milkglass.attacks.base import Attack
 from milkglass.attacks.suite import Strength, attacks_of, choose_attacks
 from milkglass.audit import Audit, audit, measurable
 from milkglass.audit_work import Progress as AuditProgress
-from milkglass.defenses.certificate import certify
-from milkglass.errors import AuditError
+from milkglass.defenses.certificate import JointTotal
+from milkglass.errors import AuditError, RunError
 from milkglass.kept import Kept
 from milkglass.recorded import NAMES, read_trial
 from milkglass.replay import Replay, find_reference, replay
 from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
-from milkglass.training.defended import defenses
+from milkglass.training.shares import deal_records
 from milkglass.training.split import Progress, computing_with
+from milkglass.training.summary import certificate_ahead
 from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, check_budget
 
 KEPT: Final = "attacks"
@@ -75,8 +76,10 @@ def audit_run(
         attributes = [f"attribute.{name}" for name in recipe.data.sensitive]
         check_budget(plan.budget, [*RECONSTRUCTION_MEASURES, MATCHING, *attributes, *MEMBERSHIP_MEASURES, BITS])
         if BITS in plan.budget:
-            certify(defenses(recipe), (1,))  # raises where there is no certificate
+            records = deal_records(recipe)
+            certificate_ahead(recipe, records.record_shape, records.classes)  # raises where there is none
     folder.accuracy  # noqa: B018  a damaged summary is told before the work too
+    together = _joint_total(folder)
     target = out or run
     _check_writable(target)
     with training(recipe.training.epochs, "reference") as progress:
@@ -89,6 +92,8 @@ def audit_run(
             trained_on=plan.strength != "quick" and not plan.fresh_only,
             progress=progress,
         )
+    if replayed.certificate is not None:
+        replayed = replace(replayed, certificate=replace(replayed.certificate, training=together))
     with computing_with(recipe.threads), watching() as watch:
         found = _audit(replayed, plan, suite, recipe.seed, target, watch)
     content = found.to_dict() | {
@@ -166,6 +171,20 @@ def _audit(
         check=replayed.check,
         notes=(*replayed.notes, *plan.notes),
     )
+
+
+def _joint_total(folder: RunFolder) -> JointTotal | None:
+    """What all releases of the run's training came to, as its summary tells; None where it does not."""
+    held = folder.read_json("summary.json").get("certificate")
+    if held is None:
+        return None
+    try:
+        told = held["training"]
+        return JointTotal(int(told["releases"]), float(told["joint_bits"]), str(told["words"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise RunError(
+            f"{folder.path / 'summary.json'}: damaged, certificate.training: expected releases, joint_bits and words"
+        ) from None
 
 
 def _check_writable(target: Path) -> None:

@@ -48,7 +48,12 @@ class LearnedNoiseDefense(Section):
 class ClippingDefense(Section):
     """A bound on the norm of what is sent for a record."""
 
-    clip: float = Field(ge=1e-6, le=1e6, description="The largest Euclidean norm of a record's activations.")
+    clip: float = Field(
+        ge=1e-6,
+        le=1e6,
+        description="The largest Euclidean norm of a record's activations; with a channel, of its projected "
+        "coordinates, for the projection is part of the client's stage.",
+    )
 
 
 @final
@@ -124,7 +129,8 @@ class Defense(Section):
     )
     certified: bool = Field(
         False,
-        description="Refuse to run unless the defenses come with a certificate: a channel, or clipping and noise.",
+        description="Refuse to run unless the defenses come with a certificate: a channel, or clipping and noise; in "
+        "vertical training there is none.",
     )
 
     @model_validator(mode="after")

@@ -20,7 +20,6 @@ from typing import Any, Final, final
 
 from milkglass.attacks.suite import Strength
 from milkglass.audit_files import Plan, Watched, audit_run
-from milkglass.defenses.certificate import certify
 from milkglass.errors import AuditError, DataError, MilkglassError, MissingExtraError, RunError
 from milkglass.frontier import (
     UNDEFENDED,
@@ -46,9 +45,9 @@ from milkglass.recipe import Recipe, first_difference, parse_recipe
 from milkglass.replay import find_reference
 from milkglass.runs import RunFolder, write_beside
 from milkglass.sections import FrontierSection
-from milkglass.training.defended import defenses
 from milkglass.training.shares import deal_records
 from milkglass.training.split import Progress, digest_of, train
+from milkglass.training.summary import certificate_ahead
 from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget
 
 SEEDS_OF_FINALISTS: Final = (1, 2, 3)
@@ -311,18 +310,16 @@ def _check_budget(
     check_budget(budget, measured)
     if BITS not in budget:
         return []
-    without = []
+    records, without, why = deal_records(recipe), [], ""
     for setting in settings:
         try:
-            certify(defenses(recipe_of(recipe, setting)), (1,))
-        except AuditError:
+            certificate_ahead(recipe_of(recipe, setting), records.record_shape, records.classes)
+        except MilkglassError as error:  # a setting that cannot be trained has none either; it fails in its own cell
             without.append(setting)
+            why = str(error)
     names = ", ".join(dict.fromkeys(setting.family for setting in without))
     if len(without) == len(settings):
-        raise AuditError(
-            f"budget on bits: a certificate asked of defenses that have none ({names}); expected a channel, or "
-            "clipping and noise"
-        )
+        raise AuditError(f"budget on bits: a certificate asked of defenses that have none ({names}): {why}")
     return [f"without a certificate, so outside any budget on bits: {names}"] if without else []
 
 

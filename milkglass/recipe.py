@@ -1,6 +1,6 @@
 """Recipe: the typed, validated description of a run. TOML in, a frozen pydantic model out.
 
-What its tables hold stands in `sections.py`, field by field.
+What its tables hold stands in `sections.py`, of defenses in `defense_sections.py`, field by field.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class Recipe(Section):
         if self.parties.is_vertical and (self.defense.channel is not None or self.defense.adversary is not None):
             raise ValueError(
                 "defense.channel and defense.adversary go with whole records, not with parties.mode vertical"
+            )
+        if self.parties.is_vertical and self.defense.certified:
+            raise ValueError(
+                "defense.certified asks for a certificate, and with parties.mode vertical there is none: every owner "
+                "sends a message of its own for a record"
             )
         if self.defense.labels is not None and self.cut.back_at is None and not self.parties.is_vertical:
             raise ValueError(
@@ -209,10 +214,10 @@ def reference_page() -> str:
     lines = [
         "# Recipes",
         "",
-        "A recipe is a TOML file that describes a run. This page is made from the model in `milkglass/sections.py`",
-        "(`make docs` writes it); unknown keys are refused. `milkglass train RECIPE --set training.epochs=3` overrides",
-        "a field, `--set 'defense={}'` a whole table. Paths in a recipe are relative to the recipe's own folder, paths",
-        "in `--set` to the working folder.",
+        "A recipe is a TOML file that describes a run. This page is made from the model in `milkglass/sections.py`,",
+        "`defense.*` from that in `milkglass/defense_sections.py` (`make docs` writes it); unknown keys are refused.",
+        "`milkglass train RECIPE --set training.epochs=3` overrides a field, `--set 'defense={}'` a whole table. Paths",
+        "in a recipe are relative to the recipe's own folder, paths in `--set` to the working folder.",
         "",
         "| key | type | default | what it says |",
         "|---|---|---|---|",

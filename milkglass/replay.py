@@ -57,7 +57,7 @@ from milkglass.transcript import (
 
 RELEASES_WHEN_REPEATED: Final = 10
 RECORDS_CHECKED: Final = 256
-"""On releases of so many test records it is checked whether what is sent agrees with the certificate."""
+"""So many test records are released anew, to see whether what is sent agrees with the certificate."""
 VALUES_TRAINED_ON: Final = 4096
 """Of what the server saw over all epochs, so many values a record are attacked: means over groups of epochs."""
 

@@ -145,7 +145,7 @@ class BoundFigures(_File):
 
 
 class ReleaseCheckFigures(_File):
-    """Whether what was sent agrees with a certificate. sigma: of the noise; longest: the largest norm of a record's
+    """Whether releases made anew agree with a certificate. sigma: of the noise; longest: the largest norm of a record's
     mean release; p_noise, p_clip: how likely these are if it is true."""
 
     sigma: float

@@ -158,7 +158,7 @@ def test_bounds_stand_beside_what_was_guessed() -> None:
     )
     trials = [trial_of(torch.randn(COUNT, 4, generator=draws), exposure) for exposure in ("fresh", "trained-on")]
     claimed = certificate(4, 1.0, 2.0)
-    agrees, disagrees = ReleaseCheck(2.0, 1.0, 0.5, 0.5), ReleaseCheck(1.0, 1.0, 0.0, 0.5)
+    agrees, disagrees = ReleaseCheck(2.0, 1.0, 0.5, 0.5, 1.9, 1.0), ReleaseCheck(2.0, 1.0, 0.5, 0.5, 0.25, 0.0)
 
     def found(check: ReleaseCheck) -> Audit:
         return audit(trials, attacks=QUICK[:2], membership=members, certificate=claimed, check=check, strength="quick")
@@ -173,6 +173,9 @@ def test_bounds_stand_beside_what_was_guessed() -> None:
     assert 0.5 < above.value < 1
     assert [bound.kind for bound in found(disagrees).bounds] == ["lower"]  # what is void rules nothing out
     assert found(disagrees).verdict == "inconclusive"
+    (void,) = [note for note in found(disagrees).notes if "certificate" in note]
+    assert void.startswith("releases that the audit made anew with the run's own client speak against")
+    assert "noise of sigma 2, of one record 0.25, mean releases up to 1 long; it is void" in void
     json.dumps(found(agrees).to_dict(), allow_nan=False)
 
 

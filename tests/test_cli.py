@@ -110,6 +110,14 @@ def test_a_key_that_others_can_read_is_told(capsys: pytest.CaptureFixture[str], 
         (["training.batch_size=5000"], "make no batch of 5000"),
         (["training.batch_size=127", "training.drop_last_batch=false", "data.train_records=128"], "at least 4"),
         (["attacker.auxiliary_share=0.9"], "records"),
+        (
+            [
+                "parties.mode=vertical",
+                "parties.clients=['a', 'b']",
+                "defense={clipping={clip=1.0}, noise={sigma=0.5}, certified=true}",
+            ],
+            "defense.certified asks for a certificate, and with parties.mode vertical there is none",
+        ),
     ],
 )
 def test_bad_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: list[str], words: str) -> None:

@@ -51,6 +51,7 @@ from milkglass.runs import RunFolder
 from milkglass.sections import FAMILIES
 from milkglass.training.split import Silence, train
 from tests.helpers import small_recipe
+from tests.training.whole import BATCH_NORM
 
 COORDINATE = st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0])
 
@@ -309,7 +310,6 @@ def _around(value: float) -> dict[str, float]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
     monkeypatch.setattr(frontier_files, "train", made.train)
-    monkeypatch.setattr(frontier_files, "deal_records", lambda recipe: recipe)
     monkeypatch.setattr(frontier_files, "digest_of", lambda _: made.records)
     monkeypatch.setattr(frontier_files, "audit_run", made.audit_run)
     return made
@@ -505,6 +505,12 @@ def test_budgets_that_nothing_can_be_judged_by(bench: Bench, tmp_path: Path) -> 
     vertical = swept(parties={"mode": "vertical", "clients": ["a", "b"]}, frontier={"families": ["nopeek"]})
     with pytest.raises(AuditError, match="not replayed"):
         run_sweep(vertical, tmp_path / "f")
+    coupled = swept(**BATCH_NORM)
+    with pytest.raises(
+        AuditError, match=r"have none \(none, channel\): no certificate: BatchNorm \(stage.norm\)"
+    ) as caught:
+        run_sweep(coupled, tmp_path / "f", {"bits": 16.0})
+    assert "\n" not in str(caught.value)
     assert bench.trained == []
     assert not (tmp_path / "f").exists()
     notes = run_sweep(swept(), tmp_path / "f", {"bits": 16.0}).notes

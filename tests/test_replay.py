@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -34,6 +35,7 @@ from milkglass.training.shares import deal_records
 from milkglass.training.split import batches_of, set_up, train
 from milkglass.transports.local import LocalTransport
 from tests.helpers import KEY, small_recipe
+from tests.training.whole import BATCH_NORM
 
 
 def _trained(path: Path, recipe: Recipe, key: Source | None = None) -> RunFolder:
@@ -155,6 +157,57 @@ def test_exit_codes_of_the_audit(
         main(["report", str(run.path)])
     assert not stop.value.code
     assert verdict in (run.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({}, "no certificate: there is no defense"),
+        ({"defense": {"nopeek": {}}}, "does not bound what is sent"),
+        (
+            {**BATCH_NORM, "defense": {"channel": {"width": 4}}},
+            "no certificate: BatchNorm (stage.norm) in the client's stage",
+        ),
+    ],
+)
+def test_a_budget_on_bits_of_a_run_without_a_certificate_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tables: dict[str, Any], words: str
+) -> None:
+    run = _trained(tmp_path / "run", small_recipe(**tables))
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", str(run.path), "--quick", "--budget", "bits<=16"])
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert words in told.err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no reference was trained
+    assert not (run.path / "audit.json").exists()
+
+
+def test_the_joint_total_of_a_training_stands_in_its_audit_and_on_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milkglass.audit_files.attacks_of", lambda *_: (MeanRecord(), Ridge()))
+    run = _trained(tmp_path / "run", small_recipe(defense={"channel": {"width": 2, "sigma": 4.0}}))
+    summary = run.read_json("summary.json")
+    together = summary["certificate"]["training"]
+    assert together["releases"] == 2 * (96 + 40)
+    for command in (["audit", str(run.path), "--quick"], ["report", str(run.path)]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert not stop.value.code
+    audited = run.read_json("audit.json")["certificate"]
+    assert audited == summary["certificate"] | {"check": audited["check"]}
+    assert "bits about all records of client together" in together["words"]
+    assert f"certificate: {together['words']}\n" in capsys.readouterr().out
+    assert f"<li>{together['words']}</li>" in html.unescape((run.path / "report.html").read_text())
+    for damaged in ({}, {"training": {**together, "releases": "many"}}, {"training": 3}, "lost"):
+        run.write_json("summary.json", summary | {"certificate": damaged})
+        with pytest.raises(SystemExit) as stop:
+            main(["audit", str(run.path), "--quick"])
+        assert stop.value.code == 2
+        assert "damaged, certificate.training: expected releases" in capsys.readouterr().err
 
 
 def test_attacks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -588,26 +588,49 @@ def test_bounds_stand_beside_the_attacks_they_bound_and_the_certificate_in_its_w
     run = detail(make_run(tmp_path / "run"), **certified())
     page = render(read_results(run))
     shown = words(page)
-    assert "membership fresh ≥ 0.545 0.510 AUC, loss threshold members are told at least 0.545 of the time" in shown
+    assert "membership fresh ≥ 0.545 0.510 AUC, not the bound's unit; loss threshold members are told at least" in shown
     assert "matching fresh ≤ 0.412 – nobody names the right one" in shown
-    assert "attribute fresh vacuous – vacuous: enough to tell" in shown
+    told = "0.620 balanced accuracy on sex, with what it is entitled to; linear probe vacuous: enough to tell"
+    assert f"attribute fresh vacuous {told}" in shown
     assert shown.index("What was guessed") < shown.index("≥ 0.545") < shown.index("Can the attacks be trusted?")
     assert "6.34 bits per release, at most tells at most 6.34 bits <b>" in shown
     assert "6.34 bits &lt;b&gt;" in page
     assert "8 coordinates, norm at most 2.00, noise of sigma 0.500 on each." in shown
-    assert "✓ agrees with what was sent: noise of sigma 0.500, mean releases up to 1.90 long" in shown
+    assert "✓ agrees with releases that the audit made anew with the run's own client: noise of sigma 0.500" in shown
+    assert "mean releases up to 1.90 long. A client that sends otherwise in the field is not seen" in shown
     assert "Peek is no certificate." in shown
 
 
-def test_a_certificate_that_what_was_sent_speaks_against_is_called_void(tmp_path: Path) -> None:
+def test_a_bound_on_fair_facts_stands_beside_facts_with_two_values_alone(tmp_path: Path) -> None:
+    run = detail(make_run(tmp_path / "run"), **certified())
+    path = run / "audit.json"
+    audit = json.loads(path.read_text())
+    sex = next(row for row in audit["inferences"] if row["measure"] == "attribute.sex")
+    many = sex | {"measure": "attribute.country", "value": 0.4, "details": {"prior": 0.1}}
+    older = sex | {"value": 0.3, "exposure": "repeated"}
+    alone = sex | {"value": 0.2, "name": "linear probe, answer alone"}
+
+    def beside(*rows: dict[str, Any]) -> str:
+        path.write_text(json.dumps(audit | {"inferences": rows}))
+        shown = words(render(read_results(run)))
+        return shown[shown.index("attribute fresh") :].split("vacuous")[1].strip()
+
+    assert beside(many, older, alone) == "–"
+    assert beside(many, older, alone, sex | {"value": 0.1}, sex).startswith("0.620 balanced accuracy on sex")
+
+
+def test_a_certificate_that_releases_speak_against_is_called_void(tmp_path: Path) -> None:
     run = detail(make_run(tmp_path / "run"), **certified(agrees=False, sigma=0.25))
     shown = words(render(read_results(run)))
-    assert "✗ void: what was sent speaks against it: noise of sigma 0.250" in shown
+    assert (
+        "✗ void: releases that the audit made anew with the run's own client speak against it: noise of sigma 0.250"
+        in shown
+    )
     assert "✓ agrees" not in shown
     unchecked = certified()
     unchecked["certificate"]["check"] = None
     run = detail(make_run(tmp_path / "unchecked"), **unchecked)
-    assert "Whether what was sent agrees with it was not looked at." in words(render(read_results(run)))
+    assert "Whether releases agree with it was not looked at." in words(render(read_results(run)))
 
 
 def test_bits_have_no_interval(tmp_path: Path) -> None:

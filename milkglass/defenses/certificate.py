@@ -1,4 +1,4 @@
-"""What a clipped and noised release can tell at most, whatever the attack; and whether what was sent agrees with it.
+"""What a clipped and noised release can tell at most, whatever the attack; and whether given releases agree with it.
 
 Legend: N records, R releases of one record, D coordinates sent for a record.
 
@@ -39,7 +39,7 @@ LARGEST_EPSILON: Final = 10.0
 LARGEST_RATIO: Final = 1e9
 """Of clip to sigma, up to which an epsilon is computed; beyond, there is none worth a number."""
 SURELY_WRONG: Final = 1e-6
-"""What was sent disagrees with a certificate if it is less likely than this under it."""
+"""Releases disagree with a certificate if so little noise, or such norms, are less likely than this under it."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,21 @@ class Reidentification:
 
 @final
 @dataclass(frozen=True)
+class JointTotal:
+    """What all releases of a training tell at most, in bits: about all its records together, and not about each."""
+
+    releases: int
+    joint_bits: float
+    words: str
+
+
+@final
+@dataclass(frozen=True)
 class Certificate:
     """Of one release, for fixed weights of the client's stage. Lower bits, bounds and epsilon = less can be told.
 
     dimensions: D. clip: C, in the unit of what is sent, as sigma is. reidentification: by Fano's inequality. epsilon:
-    local, at this delta and a sensitivity of 2C.
+    local, at this delta and a sensitivity of 2C. training: the joint total of the one behind it, where that is known.
     """
 
     dimensions: int
@@ -67,6 +77,7 @@ class Certificate:
     reidentification: tuple[Reidentification, ...]
     epsilon: float
     delta: float
+    training: JointTotal | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -84,6 +95,7 @@ class Certificate:
             private + ("" if self.epsilon <= LARGEST_EPSILON else f" (epsilon {self.epsilon:.1f})"),
             "it does not cover labels, ids, timing or weights that are handed on, and further releases of a record "
             "add up",
+            *(() if self.training is None else (self.training.words,)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,18 +179,23 @@ def certify(defenses: Sequence[Defense], cut_shape: tuple[int, ...], coupled: Se
 class ReleaseCheck:
     """What releases say of a certificate. sigma: of the noise, as they show it. longest: the largest norm of a record's
     mean release. p_noise, p_clip: how likely so little noise, and such norms, are if the certificate is true; the
-    second for the likeliest culprit of all records.
+    second for the likeliest culprit of all records. least: the smallest sigma that the releases of one record show;
+    p_least: how likely that is of any of them, for noise on some records does not make up for its lack on others.
     """
 
     sigma: float
     longest: float
     p_noise: float
     p_clip: float
+    least: float
+    p_least: float
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing in what was sent speaks against the certificate."""
-        return self.p_noise >= SURELY_WRONG and self.p_clip >= SURELY_WRONG
+        """Whether nothing in the releases speaks against the certificate. Honest ones are refused with a probability
+        of at most SURELY_WRONG, which the tests share evenly."""
+        tests = (self.p_noise, self.p_clip, self.p_least)
+        return len(tests) * min(tests) >= SURELY_WRONG
 
 
 def _chi_squared_cdf(value: float, freedom: int) -> float:
@@ -192,7 +209,8 @@ def _chi_squared_cdf(value: float, freedom: int) -> float:
 def check_releases(repeats: Tensor, claimed: Certificate) -> ReleaseCheck:
     """Compare `repeats` (R, N, ...), R releases with fresh noise of each of N records, with what is claimed of them.
 
-    It looks at what was sent alone: at how far releases of one record are from their mean, and how long that mean is.
+    It looks at releases alone: at how far those of one record are from their mean, over all records and for each, and
+    how long that mean is.
     Raises AuditError for fewer than two releases, or another number of coordinates.
     """
     if repeats.dim() < 3 or len(repeats) < 2 or repeats[0, 0].numel() != claimed.dimensions:
@@ -203,14 +221,17 @@ def check_releases(repeats: Tensor, claimed: Certificate) -> ReleaseCheck:
     sent_RND = repeats.flatten(2).double()
     times, records, width = sent_RND.shape
     mean_ND = sent_RND.mean(0)
-    freedom = (times - 1) * records * width
-    scatter = (sent_RND - mean_ND).square().sum().item()
+    freedom = (times - 1) * width
+    scatter_N = (sent_RND - mean_ND).square().sum((0, 2))
+    scatter, least = scatter_N.sum().item(), scatter_N.min().item()
     norms_N = mean_ND.norm(dim=1)
     signal = times * (claimed.clip / claimed.sigma) ** 2
     p_N = ncx2.sf((times * norms_N.square() / claimed.sigma**2).numpy(), width, signal)
     return ReleaseCheck(
-        sigma=(scatter / freedom) ** 0.5,
+        sigma=(scatter / (freedom * records)) ** 0.5,
         longest=norms_N.max().item(),
-        p_noise=_chi_squared_cdf(scatter / claimed.sigma**2, freedom),
+        p_noise=_chi_squared_cdf(scatter / claimed.sigma**2, freedom * records),
         p_clip=min(1.0, float(p_N.min()) * records),
+        least=(least / freedom) ** 0.5,
+        p_least=min(1.0, _chi_squared_cdf(least / claimed.sigma**2, freedom) * records),
     )

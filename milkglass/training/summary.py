@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from milkglass.client import Client
 from milkglass.cuts import Caution, couples_records, flops_per_sample, forward_flops
-from milkglass.defenses.certificate import Certificate, certify
+from milkglass.defenses.base import Defense
+from milkglass.defenses.certificate import Certificate, JointTotal, certify
 from milkglass.errors import AuditError
 from milkglass.randomness import public_source
 from milkglass.recipe import Recipe
 from milkglass.tracing import in_mode
+from milkglass.training.defended import defenses
 from milkglass.training.rounds import EpochResult, Seat
 from milkglass.training.setup import crossing_shapes, network_parts
 from milkglass.training.shares import Share, owner_shapes
@@ -62,10 +65,22 @@ def certificate_of(recipe: Recipe, client: Client, shape: Sequence[int], classes
 
     Raises AuditError where its defenses have no certificate.
     """
+    return _certificate(recipe, client.defenses, client.stage, client.name, shape, classes)
+
+
+def certificate_ahead(recipe: Recipe, shape: Sequence[int], classes: int) -> Certificate:
+    """What `certificate_of` will say of a client of the recipe, before there is one. Raises AuditError as it does."""
+    chosen = defenses(recipe)
+    parts = network_parts(recipe, shape, classes, public_source(recipe.seed), chosen=chosen)
+    return _certificate(recipe, chosen, parts.bottom, recipe.parties.clients[0], shape, classes)
+
+
+def _certificate(
+    recipe: Recipe, chosen: Sequence[Defense], stage: nn.Module, name: str, shape: Sequence[int], classes: int
+) -> Certificate:
     if recipe.parties.is_vertical:
         raise AuditError("no certificate: in vertical training every owner sends a message of its own for a record")
-    sent = crossing_shapes(recipe, shape, classes).cut[client.name]
-    return certify(client.defenses, sent, couples_records(client.stage))
+    return certify(chosen, crossing_shapes(recipe, shape, classes).cut[name], couples_records(stage))
 
 
 def certificate_summary(recipe: Recipe, client: Client, share: Share, classes: int) -> dict[str, Any] | None:
@@ -74,21 +89,24 @@ def certificate_summary(recipe: Recipe, client: Client, share: Share, classes: i
         found = certificate_of(recipe, client, share.train.x.shape[1:], classes)
     except AuditError:
         return None
+    return replace(found, training=_joint_total(recipe, client, share, found.bits_per_release)).to_dict()
+
+
+def _joint_total(recipe: Recipe, client: Client, share: Share, bits_per_release: float) -> JointTotal:
     if recipe.training.at_home:
-        words = "trained at home: no release left in training"
-        return {**found.to_dict(), "training": {"releases": 0, "joint_bits": 0.0, "words": words}}
+        return JointTotal(0, 0.0, "trained at home: no release left in training")
     size, training, train = recipe.training.batch_size, recipe.training, len(share.train)
     releases = (train // size * size if training.drop_last_batch else train) * training.epochs
     tests = len(share.test) * training.epochs
     if client.keeps_releases and not any(parameter.requires_grad for parameter in client.stage.parameters()):
         releases, tests = min(releases, train), len(share.test)
-    bits = (releases + tests) * found.bits_per_release
+    bits = (releases + tests) * bits_per_release
     words = (
         f"in training {releases:,} releases, and {tests:,} of test records: at most {bits:,.0f} bits about all records "
         f"of {client.name} together; they do not add up per record, unless no weight of the client's stage was learned "
         "from it or fitted to it"
     )
-    return {**found.to_dict(), "training": {"releases": releases + tests, "joint_bits": bits, "words": words}}
+    return JointTotal(releases + tests, bits, words)
 
 
 def client_flops_share(recipe: Recipe, shape: Sequence[int], classes: int) -> float:

@@ -18,6 +18,7 @@ from benchmarks.reidentification import BITS, CANDIDATES, Game
 from milkglass.client import Client
 from milkglass.compression.topk import TopK
 from milkglass.data import load
+from milkglass.defenses import certificate as module
 from milkglass.defenses.base import Defense
 from milkglass.defenses.certificate import certificate, certify, check_releases, counted
 from milkglass.defenses.channel import Channel
@@ -122,6 +123,7 @@ def test_an_honest_client_is_believed(gain: float) -> None:
     assert found.sigma == pytest.approx(0.4, rel=0.05)
     assert found.p_noise > 1e-4
     assert found.p_clip > 1e-4
+    assert found.p_least > 1e-4
 
 
 @pytest.mark.parametrize("more", [Noise(1.0, "laplace"), Noise(2.0, "laplace"), NoPeek(1.0)])
@@ -157,16 +159,46 @@ def test_a_client_that_cheats_is_found_by_what_it_sends(cheat: Callable[[Channel
     assert not check_releases(_sent(client, transcript, _records(100)), claimed).agrees
 
 
+def _honest(generator: torch.Generator) -> Tensor:
+    """Five releases of 20 records, all at a clip of 2, which is the hardest case, with noise of sigma 0.5."""
+    z = torch.randn(20, WIDTH, generator=generator)
+    at_clip: Tensor = 2.0 * z / z.norm(dim=1, keepdim=True)
+    return at_clip + 0.5 * torch.randn(5, 20, WIDTH, generator=generator)
+
+
 def test_honest_releases_are_hardly_ever_called_false() -> None:
     claimed = certificate(WIDTH, 2.0, 0.5)
     generator = torch.Generator().manual_seed(0)
     worst = 1.0
     for _ in range(300):
-        z = torch.randn(20, WIDTH, generator=generator)
-        z = 2.0 * z / z.norm(dim=1, keepdim=True)  # all at the clip, the hardest case
-        found = check_releases(z + 0.5 * torch.randn(5, 20, WIDTH, generator=generator), claimed)
-        worst = min(worst, found.p_noise, found.p_clip)
-    assert 1e-5 < worst < 0.05  # over 600 looks: rare, as it should be, and not never
+        found = check_releases(_honest(generator), claimed)
+        worst = min(worst, found.p_noise, found.p_clip, found.p_least)
+    assert 1e-5 < worst < 0.05  # over 900 looks: rare, as it should be, and not never
+
+
+def test_honest_releases_are_refused_no_more_often_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a level that can be counted. Three tests that did not share it would refuse 14 % of them."""
+    monkeypatch.setattr(module, "SURELY_WRONG", 0.05)
+    claimed = certificate(WIDTH, 2.0, 0.5)
+    generator = torch.Generator().manual_seed(1)
+    refused = sum(not check_releases(_honest(generator), claimed).agrees for _ in range(800))
+    assert clopper_pearson(refused, 800).low <= 0.05
+    assert refused > 800 * 0.02  # and the level is used, not given away
+
+
+@pytest.mark.parametrize("bare", [1, 50])
+def test_noise_on_some_records_does_not_make_up_for_its_lack_on_others(bare: int) -> None:
+    claimed = certificate(WIDTH, 2.0, 0.5)
+    draws = torch.randn(10, 100, WIDTH, generator=torch.Generator().manual_seed(0))
+    sigma_N1 = torch.where(torch.arange(100)[:, None] < bare, 0.0, 0.5 * math.sqrt(2))
+    found = check_releases(torch.full((100, WIDTH), 0.1) + sigma_N1 * draws, claimed)
+    assert found.p_noise > 1e-3  # all together there is noise enough
+    assert found.p_clip > 1e-3
+    assert found.least < 1e-6
+    assert not found.agrees
+    honest = check_releases(torch.full((100, WIDTH), 0.1) + 0.5 * draws, claimed)
+    assert honest.agrees
+    assert 0.25 < honest.least < 0.5  # of 100 records with 72 degrees of freedom each
 
 
 def test_very_many_releases_are_judged_as_few_are() -> None:

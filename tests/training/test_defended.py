@@ -6,7 +6,6 @@ The unsplit twin is an ordinary loop, with copies of the stages and of the defen
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,23 @@ from milkglass.runs import RunFolder
 from milkglass.training.defended import defenses
 from milkglass.training.predict import predict
 from milkglass.training.split import Setup, Silence, play_epoch, set_up, train, train_epoch
+from milkglass.training.summary import certificate_ahead, certificate_of
 from milkglass.transports.local import LocalTransport
 from milkglass.transports.wrappers import RecordingTransport
-from tests.training.whole import CLIENTS, DROPOUTS, EVERY_DEFENSE, MLP, U_SHAPED, parties, recipe_of, training
+from tests.training.whole import (
+    BATCH_NORM,
+    CLIENTS,
+    DROPOUTS,
+    EVERY_DEFENSE,
+    MLP,
+    U_SHAPED,
+    parties,
+    recipe_of,
+    training,
+)
 
 CHANNEL: dict[str, Any] = {"channel": {"width": 4, "sigma": 0.3}}
+CLIPPED: dict[str, Any] = {"clipping": {"clip": 1.0}, "noise": {"sigma": 0.5}}
 SETS: dict[str, dict[str, Any]] = {
     "channel": CHANNEL,
     "channel, linear": {"channel": {"width": 4, "projection": "linear"}},
@@ -178,6 +189,10 @@ def test_a_recipe_from_before_keeps_its_digest() -> None:
         ({"defense": {"chanel": {}}}, "did you mean 'channel'?"),
         ({"defense": {"labels": {}}}, "expected cut.back_at (U-shaped) or parties.mode vertical"),
         ({"defense": CHANNEL, "parties": parties("vertical", CLIENTS[:2])}, "go with whole records"),
+        (
+            {"defense": {**CLIPPED, "certified": True}, "parties": parties("vertical", CLIENTS[:2])},
+            "defense.certified asks for a certificate, and with parties.mode vertical there is none",
+        ),
         ({"training": training(client_learns="ends")}, "network.start must say which"),
         ({"training": training(client_learns="nothing"), "parties": parties("splitfed2")}, "expected one client"),
         ({"defense": {"channel": {"sigma": 1e-9}}}, "sigma is 1e-09; expected 0, or 1e-06 and more"),
@@ -192,18 +207,33 @@ def test_what_does_not_go_together_is_refused_in_one_line(tables: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
-def with_batch_norm(record_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A factory of a user's own, with BatchNorm where the client has it."""
-    values = torch.Size(record_shape).numel()
-    layers = {"flatten": nn.Flatten(), "first": nn.Linear(values, 16), "norm": nn.BatchNorm1d(16)}
-    return nn.Sequential(OrderedDict({**layers, "last": nn.Linear(16, classes)}))
-
-
 def test_batch_norm_has_no_certificate_and_is_refused_where_one_is_asked_for() -> None:
-    network = {"network": {"name": f"{__name__}:with_batch_norm"}, "cut": {"at": "norm"}}
-    set_up(recipe_of(**network, defense=CHANNEL))  # without a certificate it may train
+    set_up(recipe_of(**BATCH_NORM, defense=CHANNEL))  # without a certificate it may train
     with pytest.raises(AuditError, match=r"no certificate: BatchNorm \(stage.norm\) in the client's stage"):
-        set_up(recipe_of(**network, defense={**CHANNEL, "certified": True}))
+        set_up(recipe_of(**BATCH_NORM, defense={**CHANNEL, "certified": True}))
+
+
+def test_what_is_said_ahead_of_a_client_is_what_is_said_of_it() -> None:
+    for defense in (CHANNEL, CLIPPED, {**CLIPPED, **CHANNEL}):
+        setup = set_up(recipe_of(defense=defense))
+        shape, classes = setup.records.record_shape, setup.records.classes
+        found = certificate_of(setup.recipe, setup.client, shape, classes)
+        assert certificate_ahead(setup.recipe, shape, classes) == found
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({**BATCH_NORM, "defense": CHANNEL}, "BatchNorm"),
+        ({"parties": parties("vertical", CLIENTS[:2]), "defense": CLIPPED}, "every owner sends"),
+    ]
+    for tables, words in refused:
+        with pytest.raises(AuditError, match=words):
+            certificate_ahead(recipe_of(**tables), (1, 8, 8), 10)
+
+
+def test_with_a_channel_it_is_the_projected_coordinates_that_are_clipped() -> None:
+    setup = set_up(recipe_of(defense={"clipping": {"clip": 1e-3}, "channel": {"width": 4, "sigma": 0.0}}))
+    client, x = setup.client, setup.records.test.x[:8]
+    released = client.released_by(x, client.defenses)
+    assert released.shape == (8, 4)
+    assert torch.allclose(released.norm(dim=1), torch.full((8,), 1e-3), rtol=1e-3)
 
 
 def test_a_channel_wider_than_the_cut_is_refused() -> None:
@@ -232,7 +262,7 @@ def test_the_summary_tells_the_certificate_and_what_a_training_came_to(tmp_path:
 def test_every_owner_of_columns_sends_so_there_is_no_certificate(tmp_path: Path) -> None:
     pictures = {"network": {"name": "cnn", "settings": {"width": 8}}, "cut": {"at": "block1"}}
     owners = parties("vertical", CLIENTS[:2])
-    recipe = recipe_of(**pictures, parties=owners, defense={"clipping": {"clip": 1.0}, "noise": {"sigma": 0.5}})
+    recipe = recipe_of(**pictures, parties=owners, defense=CLIPPED)
     assert train(recipe, tmp_path / "run")["certificate"] is None
 
 

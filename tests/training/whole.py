@@ -47,6 +47,10 @@ DROPOUTS: dict[str, Any] = {
     "network": {"name": "tests.training.whole:dropouts"},
     "cut": {"at": "drop1"},
 }
+BATCH_NORM: dict[str, Any] = {
+    "network": {"name": "tests.training.whole:with_batch_norm"},
+    "cut": {"at": "norm"},
+}
 
 
 def dropouts(record_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -63,6 +67,13 @@ def dropouts(record_shape: tuple[int, ...], classes: int) -> nn.Module:
             last=nn.Linear(12, classes),
         )
     )
+
+
+def with_batch_norm(record_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A factory of a user's own, with BatchNorm where the client has it; cut at `norm`."""
+    values = torch.Size(record_shape).numel()
+    layers = {"flatten": nn.Flatten(), "first": nn.Linear(values, 16), "norm": nn.BatchNorm1d(16)}
+    return nn.Sequential(OrderedDict({**layers, "last": nn.Linear(16, classes)}))
 
 
 def training(**changes: Any) -> dict[str, Any]:
