@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# dcor compiles itself by numba as it is imported. Two workers that fill one cache leave one that aborts whoever reads it
-# ("LLVM ERROR: Symbol not found"), so each has its own. numba looks when it is imported, which is later.
+# dcor compiles itself by numba as it is imported. Two workers that fill one cache leave one that aborts whoever reads
+# it ("LLVM ERROR: Symbol not found"), so each has its own. numba looks when it is imported, which is later.
 os.environ["NUMBA_CACHE_DIR"] = str(
     Path(__file__).parents[1] / ".pytest_cache" / "numba" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 )
