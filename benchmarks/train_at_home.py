@@ -42,7 +42,7 @@ DEFENSES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "NoPeek, weight 10": ("defense={nopeek={weight=10.0}}",),
     },
     "cifar10": {
-        "channel": ("defense={channel={width=48,sigma=0.6,projection='conv'},entropy={weight=0.003}}",),
+        "channel, sigma 0.6": ("defense={channel={width=48,sigma=0.6,projection='conv'},entropy={weight=0.003}}",),
         "channel, sigma 0.8": ("defense={channel={width=48,sigma=0.8,projection='conv'},entropy={weight=0.003}}",),
     },
 }
