@@ -32,6 +32,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.setting import command_line, machine_line, write_result
+from milkglass.attacks.defense_aware import shifted
+from milkglass.attacks.features import SMALLEST_PROBABILITY
 from milkglass.data import load
 from milkglass.leakage.reconstruction import peek, squared_errors
 from milkglass.replay import load_parties
@@ -45,7 +47,6 @@ AVERAGED: Final = 0.998
 """Of the decoder's weights a mean over about 1 / (1 - this) steps is kept; it is what rebuilds."""
 WIDE: Final = 1024
 MAPS: Final = (256, 128)
-LEAST_LOG: Final = math.log(1e-12)
 RIDGE: Final = 1e-5
 """Of the mean of the features' squares, added to each."""
 SIGHTS: Final = ("the answer alone", "one release", "ten releases", "no noise", "the picture, rotated")
@@ -74,7 +75,7 @@ class Client:
 
     def answer(self, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
         """The reference's class probabilities, their logarithms, and the label."""
-        log_BK = self._answering(x_BCHW).log_softmax(dim=1).clamp_min(LEAST_LOG)
+        log_BK = self._answering(x_BCHW).log_softmax(dim=1).clamp_min(math.log(SMALLEST_PROBABILITY))
         return torch.cat([log_BK.exp(), log_BK, F.one_hot(y_B, self._classes)], dim=1)
 
 
@@ -179,22 +180,6 @@ def ridge(seen: Sight, known: Pictures) -> Tensor:
     return weights_FP.float()
 
 
-def moved(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the pictures flipped, each shifted by up to two pixels, edges repeated."""
-    count, _, height, width = x_BCHW.shape
-    device = x_BCHW.device
-
-    def places(size: int) -> Tensor:
-        by_B = torch.randint(-2, 3, (count, 1), generator=generator, device=device)
-        return (torch.arange(size, device=device) + by_B).clamp_(0, size - 1)
-
-    rows_BH, columns_BW = places(height), places(width)
-    turned_B = torch.rand(count, generator=generator, device=device) < 0.5
-    columns_BW = torch.where(turned_B[:, None], columns_BW.flip(1), columns_BW)
-    all_B = torch.arange(count, device=device)[:, None, None]
-    return x_BCHW.permute(0, 2, 3, 1)[all_B, rows_BH[:, :, None], columns_BW[:, None]].permute(0, 3, 1, 2)
-
-
 @final
 class Pictures:
     """Pictures (N, C, H, W) and labels (N,) on a device; 8 bits a value, as in their file."""
@@ -252,7 +237,7 @@ def train(seen: Sight, known: Pictures, validation: Pictures, steps: int, genera
     best, best_error = decoder, math.inf
     for step in range(1, steps + 1):
         x, y = known.take(torch.randint(len(known), (BATCH,), generator=generator, device=device))
-        x = moved(x, generator)
+        x = shifted(x, generator, flips=True)
         with torch.no_grad():
             what = seen(x, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

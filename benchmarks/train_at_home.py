@@ -6,7 +6,8 @@ The setting of NoPeek-Infer: all training happens at the client's own site, the 
 queries. For each seed the undefended network is trained first (the recipe's epochs), then each defense begins with its
 weights. Cells are ordinary run folders made by the ordinary commands, one thread each; what is finished is not made
 again. `lost` is against the home network fine-tuned for as many epochs without a defense (`none`). Accuracies are of
-all 10,000 test records (`milkglass predict`); attacks are scored on 2,000 of them.
+all 10,000 test records (`milkglass predict`); attacks are scored on 2,000 of them. `named`: how often who knows the
+client's weights names the one of 1,000 candidates that was sent, from one release.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.setting import command_line, machine_line
+from milkglass.verdict import MATCHING
 
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
 FILES: Final = {
@@ -67,14 +69,17 @@ def main() -> None:
         for defense, row in make(arguments.name, seed, arguments.data, arguments.cells, audit).items():
             rows.setdefault(defense, []).append(row)
     print(f"<!-- {command_line()}; {machine_line()} -->\n")
-    print("| defense | seeds | accuracy, % | lost, points | peek, fresh | ten releases | bits | client's FLOPs, % |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| defense | seeds | accuracy, % | lost, points | peek, fresh | ten releases | named, fresh | bits "
+        "| client's FLOPs, % |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for defense, found in rows.items():
         cells = [
             _words([100 * each["accuracy"] for each in found], 1),
             _words([100 * each["lost"] for each in found], 1),
         ]
-        cells += [_words([each[name] for each in found], 3) for name in ("fresh", "repeated")]
+        cells += [_words([each[name] for each in found], 3) for name in ("fresh", "repeated", "named")]
         bits = found[0]["bits"]
         cells += ["–" if bits is None else f"{bits:.1f}", f"{100 * found[0]['share']:.0f}"]
         print(f"| {defense} | {len(found)} | " + " | ".join(cells) + " |")
@@ -116,12 +121,16 @@ def _row(out: Path, fine_tuned: Path, reference: Path, test: Path, audit: list[s
         "share": summary["client_flops_share"],
         "fresh": float("nan"),
         "repeated": float("nan"),
+        "named": float("nan"),
     }
     if audit is not None:
         if not (out / "audit.json").exists():
             _milkglass(out, "audit", str(out), "--reference", str(reference), *audit)
-        exposures = json.loads((out / "audit.json").read_text())["exposures"]
-        row |= {name: found["value"] for name, found in exposures.items()}
+        found = json.loads((out / "audit.json").read_text())
+        exposures = found["exposures"]
+        games = [each for each in found["inferences"] if each["measure"] == MATCHING and each["exposure"] == "fresh"]
+        row["named"] = games[0]["value"] if games else float("nan")  # none in quick audits
+        row |= {name: exposure["value"] for name, exposure in exposures.items()}
         row["repeated"] = row["repeated"] if "repeated" in exposures else row["fresh"]  # nothing random: the same again
     return row
 

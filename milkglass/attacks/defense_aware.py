@@ -163,17 +163,18 @@ class _Releases:
 def shifted(x_BCHW: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
     """Each picture shifted by a few pixels at random, edges repeated; half of them flipped left to right, if asked."""
     count, _, height, width = x_BCHW.shape
+    device = x_BCHW.device
     most = 2 if min(height, width) >= SIDE_TO_SHIFT_BY_TWO else 1
 
     def places(size: int) -> Tensor:
-        by_B = torch.randint(-most, most + 1, (count, 1), generator=generator)
-        return (torch.arange(size) + by_B).clamp_(0, size - 1)
+        by_B = torch.randint(-most, most + 1, (count, 1), generator=generator, device=device)
+        return (torch.arange(size, device=device) + by_B).clamp_(0, size - 1)
 
     rows_BH, columns_BW = places(height), places(width)
     if flips:
-        turned_B = torch.rand(count, generator=generator) < 0.5
+        turned_B = torch.rand(count, generator=generator, device=device) < 0.5
         columns_BW = torch.where(turned_B[:, None], columns_BW.flip(1), columns_BW)
     moved_BHWC = x_BCHW.permute(0, 2, 3, 1)[
-        torch.arange(count)[:, None, None], rows_BH[:, :, None], columns_BW[:, None]
+        torch.arange(count, device=device)[:, None, None], rows_BH[:, :, None], columns_BW[:, None]
     ]
     return moved_BHWC.permute(0, 3, 1, 2).contiguous()
