@@ -49,7 +49,7 @@ DEFENSES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     },
 }
 FEWER_ATTACKS: Final = {"channel, sigma 0.8": ("--attacks", "nearest neighbor,kernel ridge")}
-"""Of a defense that stands beside another one: what was best on that one, for an audit takes half an hour."""
+"""Of a defense that stands beside another one: what did best on that one, or nearly; all take half an hour."""
 
 
 def main() -> None:
