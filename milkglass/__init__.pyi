@@ -28,6 +28,11 @@ from .messages import Message as Message
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .server import Server as Server
+from .training.averaging import AdaptivePeriodicAverager as AdaptivePeriodicAverager
+from .training.averaging import average_buffers as average_buffers
+from .training.data_parallel import GaussianKState as GaussianKState
+from .training.data_parallel import TopKState as TopKState
+from .training.data_parallel import gaussian_k_hook as gaussian_k_hook
 from .training.split import train as train
 from .transcript import Pairs as Pairs
 from .transcript import Release as Release

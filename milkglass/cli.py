@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, final
 
@@ -21,6 +21,8 @@ from milkglass.errors import MilkglassError, StopError
 
 if TYPE_CHECKING:
     from milkglass.audit import Audit
+    from milkglass.randomness import Source
+    from milkglass.recipe import Recipe
 
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
@@ -104,7 +106,7 @@ def train(
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key: 32 raw bytes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
 ) -> None:
-    """Train a network in two halves, in this process, as the recipe says."""
+    """Train a network in two halves, in this process, as the recipe says; or data-parallel, under torchrun."""
     from milkglass.memory import keep_freed_memory
     from milkglass.progress import TrainingProgress
     from milkglass.randomness import read_key
@@ -116,6 +118,9 @@ def train(
     warn_of_key(key)
     out = out or Path("runs") / recipe.stem
     keep_freed_memory()
+    if loaded.parties.is_data_parallel:
+        _train_together(loaded, out, source, resume=resume)
+        return
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
     for caution in summary["cautions"]:
@@ -125,6 +130,24 @@ def train(
         f"{out}: defense {summary['defense']}; accuracy {summary['accuracy']:.3f}, distance correlation "
         f"(squared, unbiased) {dependence['squared_unbiased']:.3f}, {summary['bytes_sent']:,} bytes sent, "
         f"{summary['bytes_received']:,} received in {summary['messages']:,} messages; {summary['keys']}"
+    )
+
+
+def _train_together(loaded: Recipe, out: Path, source: Source | None, *, resume: bool) -> None:
+    """This process's part of a data-parallel training; rank 0 tells what it came to."""
+    from milkglass.progress import TrainingProgress
+    from milkglass.training.large_batch import train as train_large_batch
+    from milkglass.training.sharded import following
+
+    with nullcontext() if following() else TrainingProgress(loaded.training.epochs) as progress:
+        summary = train_large_batch(loaded, out, source, resume=resume, progress=progress)
+    if summary is None:
+        return
+    sent = summary["bytes_sent"]
+    counted = "bytes not counted on this system" if sent is None else f"{sent:,} bytes sent by all"
+    print(
+        f"{out}: {summary['ranks']} ranks, exchange {summary['exchange']}; accuracy {summary['accuracy']:.3f} after "
+        f"{summary['steps']:,} steps, {counted}; {summary['keys']}"
     )
 
 

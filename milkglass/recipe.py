@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from milkglass.defense_sections import Defense, Section
 from milkglass.errors import RecipeError, nearest
+from milkglass.parallel_section import Parallel
 from milkglass.sections import (
     Attacker,
     ClientSection,
@@ -45,12 +46,13 @@ class Recipe(Section):
     )
     data: Data
     network: Network
-    cut: Cut
+    cut: Cut = Field(default_factory=Cut)
     defense: Defense = Field(default_factory=Defense)
     guard: Guard = Field(default_factory=Guard)
     training: Training = Field(default_factory=Training)
     parties: Parties = Field(default_factory=Parties)
     wire: Wire = Field(default_factory=Wire)
+    parallel: Parallel = Field(default_factory=Parallel)
     client: ClientSection = Field(default_factory=ClientSection)
     server: ServerSection = Field(default_factory=ServerSection)
     attacker: Attacker = Field(default_factory=Attacker)
@@ -88,6 +90,34 @@ class Recipe(Section):
             raise ValueError(
                 f"training.client_learns is {self.training.client_learns}, so the client keeps the weights it begins "
                 "with; network.start must say which"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cut_or_parallel(self) -> Self:
+        if not self.parties.is_data_parallel:
+            if not self.cut.at:
+                raise ValueError("'cut.at' is missing")
+            return self
+        for name, given in (
+            ("defense", self.defense != Defense()),
+            ("guard.hijack", self.guard.hijack is not None),
+            ("parties.hops", bool(self.parties.hops)),
+            ("cut.back_at", self.cut.back_at is not None),
+            ("network.start", self.network.start is not None),
+            ("wire.compress", self.wire.compress != "none"),
+            ("training.micro_batches", self.training.micro_batches > 1),
+            ("training.at_home", self.training.at_home),
+            ("training.client_learns", self.training.client_learns != "all"),
+            ("client.own_records", self.client.own_records),
+            ("training.drop_last_batch = false", not self.training.drop_last_batch),
+        ):
+            if given:
+                raise ValueError(f"{name} does not go with parties.mode data_parallel, where nothing is split")
+        if self.parallel.momentum_correction and (self.training.optimizer != "sgd" or not self.training.momentum):
+            raise ValueError(
+                "parallel.momentum_correction is training.momentum, moved before the choice of gradients; expected "
+                "training.optimizer sgd with a momentum"
             )
         return self
 
@@ -152,6 +182,8 @@ class Recipe(Section):
             del agreed["defense"]["noise"]["kind"]
         if self.wire.compress == "none":
             del agreed["wire"]
+        if not self.parties.is_data_parallel:
+            del agreed["parallel"]  # how a server's own processes work together
         return agreed
 
     def digest(self) -> str:
@@ -255,6 +287,7 @@ def _kind(annotation: Any) -> str:
         ("Literal", ""),
         ("tuple[int", "list of whole numbers"),
         ("tuple[typing.Annotated[int", "list of whole numbers"),
+        ("tuple[typing.Annotated[float", "list of numbers"),
         ("tuple", "list of names"),
         ("dict", "table"),
         ("bool", "true or false"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
@@ -23,10 +24,12 @@ from rich.text import Text
 from milkglass import figures
 from milkglass.errors import RunError
 from milkglass.figures import Row, number
-from milkglass.results import AttackFigures, AuditFigures, Baseline, Epoch, RunResults, read_results
+from milkglass.results import AttackFigures, AuditFigures, Baseline, Epoch, ExchangeLine, RunResults, read_results
 from milkglass.runs import write_beside
 
-__all__ = ["attack_strip", "read_results", "render", "strip_png", "strips", "table", "write_report"]
+__all__ = ["attack_strip", "exchange_charts", "read_results", "render", "strip_png", "strips", "table", "write_report"]
+
+_MOST_STEPS: Final = 200
 
 
 def strips(results: Sequence[RunResults]) -> list[list[Row]]:
@@ -100,8 +103,11 @@ def table(results: Sequence[RunResults]) -> Table:
         interval = f"{number(peek.value)} [{number(peek.low)}, {number(peek.high)}]" if peek else "not audited"
         accuracy = correlation = sent = received = time = "–"
         if s := run.summary:
-            accuracy, correlation = f"{100 * s.accuracy:.1f} %", number(s.distance_correlation.squared_unbiased)
-            sent, received, time = decimal(s.bytes_sent), decimal(s.bytes_received), f"{s.seconds:.1f} s"
+            accuracy, time = f"{100 * s.accuracy:.1f} %", f"{s.seconds:.1f} s"
+            if s.distance_correlation is not None:
+                correlation = number(s.distance_correlation.squared_unbiased)
+            if s.bytes_sent is not None and s.bytes_received is not None:
+                sent, received = decimal(s.bytes_sent), decimal(s.bytes_received)
         cells = (run.name, run.defense or "not known", accuracy, correlation, interval, sent, received, time)
         shown.add_row(*map(Text, cells))  # as Text, brackets in a name are no mark-up
     return shown
@@ -135,9 +141,48 @@ def _epoch_charts(results: Sequence[RunResults]) -> list[figures.Chart]:
     charts = (
         chart("Loss", "in training; lower = a closer fit", lambda e: e.loss),
         chart("Accuracy", "share of test records", lambda e: e.accuracy),
-        chart("Distance correlation", "squared, unbiased", lambda e: e.distance_correlation.squared_unbiased),
+        chart(
+            "Distance correlation",
+            "squared, unbiased",
+            lambda e: math.nan if e.distance_correlation is None else e.distance_correlation.squared_unbiased,
+        ),
     )
     return [drawn for drawn in charts if drawn]
+
+
+def exchange_charts(run: RunResults) -> list[figures.Chart]:
+    """By step: what compression left over beside its bounds, or the period of averages and what it follows.
+
+    Of many steps those at even distances are drawn.
+    """
+    shown = run.exchange[:: -(-len(run.exchange) // _MOST_STEPS) or 1]
+
+    def drawn(title: str, unit: str, **lines: Callable[[ExchangeLine], float | None]) -> figures.Chart | None:
+        found = {
+            name: [(line.step + 1, y) for line in shown if (y := value(line)) is not None]
+            for name, value in lines.items()
+        }
+        return figures.chart(title, unit, {n: points for n, points in found.items() if points}, across="step")
+
+    if not any(line.variance is not None for line in shown):
+        charts = [
+            drawn(
+                "Left over by compression",
+                "||u - C(u)||² / ||u||², at rank 0; lower = more was sent",
+                **{"measured": lambda line: line.left_share, "(1 - k/d)²": lambda line: line.bound},
+                **{"1 - k/d": lambda line: line.old_bound},
+            )
+        ]
+    else:
+        charts = [
+            drawn("Steps between two averages", "the period", period=lambda line: line.period),
+            drawn(
+                "How far the ranks' weights lie apart",
+                "S, and γ C₂ that it is compared with",
+                **{"S": lambda line: line.variance, "γ C₂": lambda line: line.bound},
+            ),
+        ]
+    return [each for each in charts if each]
 
 
 @cache
@@ -163,6 +208,7 @@ def render(results: Sequence[RunResults]) -> str:
         shown=shown,
         longest=longest,
         charts=_epoch_charts(results),
+        exchanges={run.name: charts for run in results if (charts := exchange_charts(run))},
         bars={name: _bars(audit, baselines[name]) for name, audit in audits.items()},
         curves={name: _curves(audit, baselines[name]) for name, audit in audits.items()},
         box={"width": figures.WIDTH, "left": figures.LEFT, "right": figures.RIGHT, "bottom": figures.BOTTOM},

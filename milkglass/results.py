@@ -40,7 +40,22 @@ class Epoch(_File):
     epoch: int
     loss: float
     accuracy: float
-    distance_correlation: DistanceCorrelation
+    distance_correlation: DistanceCorrelation | None  # data-parallel training has no cut to measure it at
+
+
+class ExchangeLine(_File):
+    """A line of `exchange.jsonl`: of a step with compressed gradients, or of an average of weights.
+
+    left_share: ||u - C(u)||^2 / ||u||^2. bound: what is proved of it for bell-shaped u, or of an average what its
+    variance is compared with. old_bound: what is proved for any. period: in steps.
+    """
+
+    step: int
+    left_share: float | None = None
+    bound: float | None = None
+    old_bound: float | None = None
+    period: int | None = None
+    variance: float | None = None
 
 
 class Wire(_File):
@@ -53,12 +68,15 @@ class Wire(_File):
 
 
 class Summary(_File):
-    """`summary.json`. Accuracy is 0..1 on test records; bytes are counted at the client's side."""
+    """`summary.json`. Accuracy is 0..1 on test records; bytes are counted at the client's side, or those of all ranks.
+
+    exchange, ranks: of data-parallel training. Its bytes are None where the system does not count them.
+    """
 
     accuracy: float
-    distance_correlation: DistanceCorrelation
-    bytes_sent: int
-    bytes_received: int
+    distance_correlation: DistanceCorrelation | None
+    bytes_sent: int | None
+    bytes_received: int | None
     messages: int
     seconds: float
     seconds_per_epoch: float
@@ -68,6 +86,8 @@ class Summary(_File):
     keys: str
     wire: tuple[Wire, ...]
     records: dict[str, int | dict[str, int]]  # training records are counted by client
+    exchange: str | None = None
+    ranks: int | None = None
 
 
 class Interval(_File):
@@ -265,6 +285,7 @@ class RunResults:
     epochs: tuple[Epoch, ...]
     audit: AuditFigures | None
     pictures: dict[str, Array]
+    exchange: tuple[ExchangeLine, ...] = ()
 
     @property
     def is_recorded(self) -> bool:
@@ -323,15 +344,20 @@ def _read_run(folder: Path) -> RunResults:
         epochs=_read_epochs(folder / "metrics.jsonl") if finished else (),
         audit=_parse(AuditFigures, _read_text(audit), str(audit)) if audit.exists() else None,
         pictures=_read_pictures(folder / "pictures.safetensors"),
+        exchange=_read_lines(ExchangeLine, folder / "exchange.jsonl") if (folder / "exchange.jsonl").exists() else (),
     )
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:
-    lines = enumerate(_read_text(path).splitlines(), start=1)
-    epochs = tuple(_parse(Epoch, line, f"{path}, line {n}") for n, line in lines if line.strip())
+    epochs = _read_lines(Epoch, path)
     if not epochs:
         raise RunError(f"{path}: empty; expected a line for each epoch")
     return epochs
+
+
+def _read_lines(model: type[_Model], path: Path) -> tuple[_Model, ...]:
+    lines = enumerate(_read_text(path).splitlines(), start=1)
+    return tuple(_parse(model, line, f"{path}, line {n}") for n, line in lines if line.strip())
 
 
 def _read_text(path: Path) -> str:

@@ -99,6 +99,11 @@ class RunFolder:
         needed: the files that must be there; by default those of a run in one process.
         """
         folder = cls(path, _read_recipe(path))
+        if folder.recipe.parties.is_data_parallel:
+            raise RunError(
+                f"run folder {path}: its parties.mode is data_parallel: nothing was split there, and nothing crossed a "
+                "cut; expected a run of split training"
+            )
         missing = [name for name in needed or FINISHED if not (path / name).is_file()]
         if missing:
             raise RunError(f"run folder {path}: half-written, {missing[0]} is missing; finish it with --resume")

@@ -97,7 +97,11 @@ class Network(Section):
 class Cut(Section):
     """Where the network is cut in two: the client keeps what is before, the server what is behind."""
 
-    at: str = Field(description="The name of the client's last layer; `milkglass cuts` lists them with their costs.")
+    at: str = Field(
+        "",
+        description="The name of the client's last layer; `milkglass cuts` lists them with their costs. Required, but "
+        "with `parties.mode` data_parallel, where nothing is cut.",
+    )
     hops: tuple[str, ...] = Field(
         (),
         description="Multi-hop: the names of the last layers of the stages between the client's and the server's, one "
@@ -173,7 +177,7 @@ class Training(Section):
     drop_last_batch: bool = Field(True, description="Leave out the last, shorter batch of an epoch in training.")
 
 
-Mode = Literal["relay", "splitfed1", "splitfed2", "vertical"]
+Mode = Literal["relay", "splitfed1", "splitfed2", "vertical", "data_parallel"]
 
 
 @final
@@ -218,7 +222,8 @@ class Parties(Section):
         "relay",
         description="How several clients train. `relay`: in turn, weights handed on. `splitfed1`: in parallel, a server"
         " stage for each, all averaged after an epoch. `splitfed2`: in parallel, one server stage. `vertical`: owners"
-        " of different columns of the same records; the first one holds the labels.",
+        " of different columns of the same records; the first one holds the labels. `data_parallel`: nothing is split;"
+        " one owner's processes, under torchrun, train the whole network together (`parallel`).",
     )
     vertical: Vertical = Field(default_factory=Vertical)
 
@@ -226,6 +231,11 @@ class Parties(Section):
     def is_vertical(self) -> bool:
         """Whether several owners hold parts of the same records."""
         return self.mode == "vertical"
+
+    @property
+    def is_data_parallel(self) -> bool:
+        """Whether one owner's processes train the whole network together."""
+        return self.mode == "data_parallel"
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

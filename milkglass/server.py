@@ -38,6 +38,12 @@ class Sharing(Protocol):
     def step(self) -> None:
         """The others take the step that this one is about to take."""
 
+    def stepped(self) -> None:
+        """This one has taken its step, as the others: now weights may meet."""
+
+    def agree(self) -> None:
+        """Between two steps: where each process has stepped by itself, all take the mean of their weights."""
+
     def load(self) -> None:
         """The others take over this one's weights and what its optimizer remembers."""
 
@@ -85,10 +91,16 @@ class Server(Party):
 
     def snapshot(self) -> Server:
         """A server that answers queries as this one would now, and never learns."""
+        self._agree()
         stage = copy.deepcopy(self.stage).cpu()
         copied = Server(stage, None, loss=self._loss, name=self.name, source=self.source)
         copied._agreed = self._agreed
         return copied
+
+    def weights(self, *, with_optimizer: bool = False) -> dict[str, Tensor]:
+        """What all processes that share the stage have learned; of each optimizer, what this one's remembers."""
+        self._agree()
+        return super().weights(with_optimizer=with_optimizer)
 
     def load_weights(self, weights: Mapping[str, Tensor], *, with_optimizer: bool = False) -> None:
         """Take over what `weights` holds, in all processes that share the stage."""
@@ -111,6 +123,7 @@ class Server(Party):
         z = self._activations(message)
         self._check_activations(message, z)
         if message.kind == "queries":
+            self._agree()
             with torch.no_grad():
                 logits_BK = self._through(message, z)
             return Message("predictions", self.name, message.step, {"logits": logits_BK})
@@ -266,3 +279,10 @@ class Server(Party):
             self.sharing.step()  # first: where it fails, the step is half done, and no state to keep
         self._begun = self._ended = 0
         self.take_step(message.step)
+        if self.sharing is not None:
+            self.sharing.stepped()
+
+    def _agree(self) -> None:
+        """Not in the middle of a step, whose backward pass needs the weights of its forward pass."""
+        if self.sharing is not None and self.resting:
+            self.sharing.agree()

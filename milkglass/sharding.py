@@ -11,6 +11,8 @@ the server that clients talk to (`Crew`), the others do as it says (`follow`). I
   DistributedDataParallel takes the mean, so a rank first multiplies by the number of ranks.
 - Gradients meet once a step, in the backward pass of its last piece. Each rank then steps its own optimizer, and as
   weights and optimizers were equal before, they are equal afterwards.
+- Or, as a `Joint` says, compressed by a communication hook, or not at all: then each rank steps by itself, weights are
+  averaged after a number of steps, and before anybody reads them or asks for an answer.
 - Dropout: for every pass rank 0 draws a key from the server's generator, and each rank derives its own numbers from it.
   So the bits depend on the number of ranks, and only rank 0 has a generator to keep.
 
@@ -35,6 +37,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+from torch.distributed.algorithms.model_averaging.utils import average_parameters
 from torch.nn.parallel import DistributedDataParallel
 
 from milkglass.errors import MilkglassError, RunError, first_line
@@ -49,7 +53,19 @@ _WORDS: Final = 4 + _KEY_WORDS + _MOST_DIMENSIONS
 
 
 class _Op(IntEnum):
-    BEGIN, FORWARD, BACKWARD, STEP, LOAD, STOP = range(6)
+    BEGIN, FORWARD, BACKWARD, STEP, AGREE, LOAD, STOP = range(7)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How the ranks' stages stay one.
+
+    attach: is given what gradients meet by, for a communication hook. averager: made for a stage and the group of the
+    ranks; then gradients do not meet, each rank steps by itself, and weights are averaged.
+    """
+
+    attach: Callable[[DistributedDataParallel], None] = lambda _: None
+    averager: Callable[[Any], ModelAverager] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +135,11 @@ class _Meeting(nn.Module):
 class _Part:
     """One rank's part of the work, of rank 0 as of any other."""
 
-    def __init__(self, server: Server, links: Links) -> None:
+    def __init__(self, server: Server, links: Links, joint: Joint) -> None:
         self.server, self.links = server, links
         server.stage.to(links.device)
+        self._joint = joint
+        self._averager = None if joint.averager is None else joint.averager(links.gradients)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}  # piece -> its rows, and what was made of them
         self._meeting: DistributedDataParallel | None = None
 
@@ -131,7 +149,7 @@ class _Part:
         if training and command.number == 0:
             self._open.clear()  # of a piece that was refused after its pass
         z = z.to(self.links.device).requires_grad_(training)
-        if training and self._meeting is None and self.server.optimizer is not None:
+        if training and self._meeting is None and self._averager is None and self.server.optimizer is not None:
             self._meeting = self._meet(z)
         self.server.stage.train(training)
         with torch.set_grad_enabled(training), self._drawing(command.key):
@@ -157,7 +175,17 @@ class _Part:
         """Of a rank other than 0, whose server takes its own."""
         if self.server.optimizer is not None:
             self.server.optimizer.step()
+            self.stepped()
             self.server.optimizer.zero_grad(set_to_none=True)
+
+    def stepped(self) -> None:
+        """Of any rank: weights meet, where it is time."""
+        if self._averager is not None and self.server.optimizer is not None:
+            self._averager.average_parameters(self.server.optimizer.param_groups)  # type: ignore[no-untyped-call]
+
+    def agree(self) -> None:
+        """Weights meet at once; where they are to meet next does not change."""
+        average_parameters(self.server.stage.parameters(), self.links.gradients)
 
     def _meet(self, z: Tensor) -> DistributedDataParallel:
         """Where ranks add up their gradients. A first pass shows whether all parameters have a part in the output."""
@@ -165,11 +193,13 @@ class _Part:
         with torch.enable_grad():
             out = self.server.stage.eval()(z.clone()).sum()
             found = torch.autograd.grad(out, learned, allow_unused=True)
-        return DistributedDataParallel(
+        meeting = DistributedDataParallel(
             _Meeting(self.server.stage),
             process_group=self.links.gradients,
             find_unused_parameters=any(gradient is None for gradient in found),
         )
+        self._joint.attach(meeting)
+        return meeting
 
     @contextmanager
     def _drawing(self, key: tuple[int, ...]) -> Iterator[None]:
@@ -189,9 +219,10 @@ class _Part:
 class Crew:
     """Rank 0: it says what is done, and does its part of it. The server's `Sharing`."""
 
-    def __init__(self, links: Links) -> None:
-        self._links = links
+    def __init__(self, links: Links, joint: Joint | None = None) -> None:
+        self._links, self._joint = links, joint or Joint()
         self._part: _Part | None = None
+        self._apart = False  # each rank has stepped by itself since all had the same weights
         self._broken: str | None = None
 
     @property
@@ -206,7 +237,7 @@ class Crew:
         """
         with self._together():
             self._say(_Command(_Op.BEGIN, number, key=(check, 0, 0, 0)))
-            self._part = _Part(server, self._links)
+            self._part = _Part(server, self._links, self._joint)
         server.sharing = self
         self.load()
 
@@ -221,8 +252,23 @@ class Crew:
         with self._together():
             self._say(_Command(_Op.STEP))
 
+    def stepped(self) -> None:
+        """Weights meet, where they do and it is time."""
+        with self._together() as part:
+            part.stepped()
+            self._apart = self._joint.averager is not None
+
+    def agree(self) -> None:
+        """All take the mean of their weights, unless they are the same."""
+        if self._apart:
+            with self._together() as part:
+                self._say(_Command(_Op.AGREE))
+                part.agree()
+                self._apart = False
+
     def load(self) -> None:
         """The others take over the server's weights, and what its optimizer remembers."""
+        self._apart = False
         with self._together() as part:
             weights = part.server.weights(with_optimizer=True)
             raw = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()})
@@ -230,11 +276,12 @@ class Crew:
             dist.broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8), 0, self._links.shards)
 
     def stop(self) -> None:
-        """The others are done. Nothing hangs on whether they hear it."""
+        """The others are done, and agree once more. Nothing hangs on whether they hear it."""
         if self._broken is None:
             try:
+                self.agree()
                 self._say(_Command(_Op.STOP))
-            except RuntimeError:  # they are gone already
+            except (RuntimeError, MilkglassError):  # they are gone already
                 self._broken = "stopped"
 
     def pass_on(self, z: Tensor, number: int, pieces: int) -> Tensor:
@@ -288,7 +335,9 @@ class _Pass(torch.autograd.Function):
         return ctx.crew.pass_back(gradients[0], ctx.number, ctx.pieces), None, None, None
 
 
-def follow(links: Links, make_server: Callable[[int], Server], *, check: int = 0) -> Server | None:
+def follow(
+    links: Links, make_server: Callable[[int], Server], *, check: int = 0, joint: Joint | None = None
+) -> Server | None:
     """Be a rank other than 0, until that one says that all is done; the server as it is then.
 
     make_server: from the number that rank 0 leads with, a server whose stage and optimizer are like that one's.
@@ -304,7 +353,7 @@ def follow(links: Links, make_server: Callable[[int], Server], *, check: int = 0
             if command.op is _Op.BEGIN:
                 if command.key[0] != check:
                     raise RunError(f"rank {links.rank} was started with another recipe than rank 0")
-                part = _Part(make_server(command.number), links)
+                part = _Part(make_server(command.number), links, joint or Joint())
             else:
                 assert part is not None
                 _obey(part, command)
@@ -322,6 +371,8 @@ def _obey(part: _Part, command: _Command) -> None:
         _gathered(part.links, part.backward(_dealt(part.links, part.made(command.number)), command))
     elif command.op is _Op.STEP:
         part.step()
+    elif command.op is _Op.AGREE:
+        part.agree()
     else:
         raw = torch.empty(command.number, dtype=torch.uint8)
         dist.broadcast(raw, 0, part.links.shards)

@@ -1,10 +1,10 @@
 """The largest values alone on the wire: exact top-k, as Aji and Heafield (2017, arXiv 1704.05021) send gradients.
 
-Where we differ: k values of each record, not of the whole tensor, and nothing is kept of what was not sent. In split
-learning it is the plain one of the methods that Zheng et al. (2023, arXiv 2305.18469) compare; their randomized one,
-which sends some small values too, is not here.
+`ExactTopK` is theirs, of a whole vector. `TopK`, of messages, differs: k values of each record, and nothing is kept of
+what was not sent. In split learning it is the plain one of the methods that Zheng et al. (2023, arXiv 2305.18469)
+compare; their randomized one, which sends some small values too, is not here.
 
-Legend: B records, D values of a record, K of them sent.
+Legend: B records, D values of a record or of a vector, K of them sent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from milkglass.compression.base import Compressor, Part
+from milkglass.compression.peaks import largest
+from milkglass.compression.vector import Selected, Selector, check_density, count_of
 from milkglass.errors import MessageError, RecipeError
 
 _MOST_VALUES: Final = 2**31 - 1  # an index must fit in an int32
@@ -65,3 +67,23 @@ class TopK(Compressor):
             raise MessageError(f"top-k: a record's indexes are not ascending numbers from 0 to {length - 1}")
         x_BD = torch.zeros(shape[0], length, dtype=dtype, device=values_BK.device)
         return x_BD.scatter_(1, indexes_BK.long(), values_BK).reshape(tuple(shape))
+
+
+@final
+class ExactTopK(Selector):
+    """Sends the max(1, int(`density` * D)) numbers of a vector that are farthest from zero, and no zeros.
+
+    Of equally large ones, torch.topk chooses. Long vectors are searched by blocks (`peaks.py`), just as exactly.
+    """
+
+    def __init__(self, density: float) -> None:
+        self.density = check_density(density)
+
+    def __repr__(self) -> str:
+        return f"ExactTopK(density={self.density})"
+
+    def describe(self) -> str:
+        return f"top-k, density {self.density:g}"
+
+    def _select(self, u_D: Tensor, plus_D: Tensor | None, hint: float | None) -> Selected:  # noqa: ARG002
+        return Selected(*largest(u_D, plus_D, count_of(self.density, len(u_D))))

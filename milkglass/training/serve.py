@@ -181,8 +181,9 @@ class Serving:
 
     def finish(self) -> dict[str, Any]:
         """The trained stage and a summary, once every client has said goodbye."""
-        stage = self.desk.servers[self.desk.clients[0]].stage
-        self.folder.write_tensors("top.safetensors", stage.state_dict())
+        self.folder.write_tensors(
+            "top.safetensors", self.desk.servers[self.desk.clients[0]].snapshot().stage.state_dict()
+        )
         summary = {
             "party": self.name,
             "clients": self.desk.clients,

@@ -14,14 +14,18 @@ from typing import Final
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from milkglass.cuts import couples_records
 from milkglass.errors import CutError, RecipeError
 from milkglass.randomness import public_source
 from milkglass.recipe import Recipe
 from milkglass.server import Server
-from milkglass.sharding import Crew, linked
+from milkglass.sharding import Crew, Joint, linked
 from milkglass.sharding import follow as follow_crew
+from milkglass.training.data_parallel import gaussian_k_hook
+from milkglass.training.parallel_ways import averager_of, gradient_state, power_sgd_state
 from milkglass.training.setup import network_parts, optimizer
 from milkglass.transports.grpc import Log
 
@@ -56,6 +60,11 @@ def sharing_out(
         )
     if recipe.training.decay_steps is not None:
         raise RecipeError("training.decay_steps changes the learning rate at rank 0 alone: serve it without torchrun")
+    if recipe.parallel.warmup or recipe.parallel.momentum_correction:
+        raise RecipeError(
+            "parallel.warmup and parallel.momentum_correction go with parties.mode data_parallel: the processes that "
+            "share a server's stage know of no epochs, and keep its optimizer: leave them out"
+        )
     coupled = couples_records(_stage(recipe, shape, classes, _place(recipe, hop)))
     if coupled:
         raise CutError(
@@ -63,7 +72,7 @@ def sharing_out(
             "torchrun each process has a part of one: use nn.GroupNorm, or serve it without torchrun"
         )
     with linked() as links:
-        crew = Crew(links)
+        crew = Crew(links, _joint(recipe))
 
         def share(server: Server) -> None:
             crew.lead(server, number=_place(recipe, hop), check=_check(recipe))
@@ -85,7 +94,23 @@ def follow(recipe: Recipe, shape: Sequence[int], classes: int) -> None:
     with linked() as links:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 keeps the state first, and then says that all is done
             signal.signal(number, signal.SIG_IGN)
-        follow_crew(links, make_server, check=_check(recipe))
+        follow_crew(links, make_server, check=_check(recipe), joint=_joint(recipe))
+
+
+def _joint(recipe: Recipe) -> Joint:
+    """How the ranks' stages stay one: as `parallel.exchange` says, from the first step on."""
+    section = recipe.parallel
+    if section.exchange in ("periodic", "adaptive"):
+        return Joint(averager=lambda group: averager_of(section, group=group))
+
+    def attach(meeting: DistributedDataParallel) -> None:
+        state = gradient_state(section, group=meeting.process_group)
+        if state is not None:
+            meeting.register_comm_hook(state, gaussian_k_hook)
+        if section.exchange == "powersgd":
+            meeting.register_comm_hook(power_sgd_state(section, recipe.seed, meeting.process_group), powerSGD_hook)
+
+    return Joint(attach)
 
 
 def _stage(recipe: Recipe, shape: Sequence[int], classes: int, place: int) -> nn.Module:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from milkglass.errors import MessageError, MilkglassError
 from milkglass.messages import Kind, Message
 from milkglass.randomness import Source, drawing_from, public_source
 from milkglass.server import Server
-from milkglass.sharding import Crew, Links, follow, linked
+from milkglass.sharding import Crew, Joint, Links, follow, linked
+from milkglass.training.averaging import AdaptivePeriodicAverager
+from milkglass.training.data_parallel import TopKState, gaussian_k_hook
 from tests.helpers import KEY
 
 WIDTH, CLASSES = 6, 4
@@ -92,6 +95,14 @@ def whole_batches(server: Server, answers: Answers) -> None:
         answer(server, message, answers)
 
 
+def steps_and_queries(server: Server, answers: Answers) -> None:
+    """Even batches with queries between them, and nothing that an optimizer's memory is taken over for."""
+    queries = next(batches("queries", [5], labels=False))
+    for message in batches("activations", [6, 9, 3, 6, 12, 3]):
+        answer(server, message, answers)
+        answer(server, queries, answers)
+
+
 def in_pieces(server: Server, answers: Answers) -> None:
     """Batches in pieces; before one of them comes what is refused only after its pass through the stage."""
     for message in batches("activations", [2, 5], pieces=3):
@@ -133,21 +144,51 @@ PLAYS: Final[dict[str, tuple[Callable[[], Server], Callable[[Server, Answers], N
     "U-shaped": (lambda: make(mlp, u_shaped=True), u_shaped),
     "unused parameter": (lambda: make(Forgetful), whole_batches),
     "nothing to learn": (lambda: make(fixed, u_shaped=True), u_shaped),
+    "all sent": (lambda: make(mlp), whole_batches),
+    "little sent": (lambda: make(mlp), whole_batches),
+    "averaged always": (lambda: make(mlp), steps_and_queries),
+    "averaged now and then": (lambda: make(mlp), whole_batches),
+    "averaged in pieces": (lambda: make(mlp, u_shaped=True), u_shaped),
     "dropout": (lambda: make(dropping, u_shaped=True), dropouts),
     "dropout again": (lambda: make(dropping, u_shaped=True), dropouts),
 }
+
+
+def averaged(period: int) -> Joint:
+    def averager(group: Any) -> AdaptivePeriodicAverager:
+        return AdaptivePeriodicAverager(initial_period=period, floor=period, ceiling=period, process_group=group)
+
+    return Joint(averager=averager)
+
+
+def sparse(density: float) -> Joint:
+    def attach(meeting: DistributedDataParallel) -> None:
+        meeting.register_comm_hook(TopKState(density, group=meeting.process_group), gaussian_k_hook)
+
+    return Joint(attach)
+
+
+JOINTS: Final[dict[str, Callable[[], Joint]]] = {
+    "all sent": lambda: sparse(1.0),
+    "little sent": lambda: sparse(0.1),
+    "averaged always": lambda: averaged(1),
+    "averaged now and then": lambda: averaged(3),
+    "averaged in pieces": lambda: averaged(2),
+}
+"""How the ranks of a play keep one stage; of other plays, as if there were nothing to choose."""
 
 
 def play(name: str, links: Links | None = None) -> tuple[Server, Answers]:
     """The server at the end, and all its answers; with links, as the rank that this process is."""
     made, acts = PLAYS[name]
     answers: Answers = {}
+    joint = JOINTS.get(name, Joint)()
     if links is not None and links.rank > 0:
-        followed = follow(links, lambda _: made())
+        followed = follow(links, lambda _: made(), joint=joint)
         assert followed is not None
         return followed, answers
     server = made()
-    crew = None if links is None else Crew(links)
+    crew = None if links is None else Crew(links, joint)
     if crew is not None:
         crew.lead(server)
     acts(server, answers)

@@ -1,0 +1,284 @@
+"""What each rank does in `test_data_parallel.py`: a small network under DistributedDataParallel with a hook.
+
+Every play returns plain numbers and tensors. A rank's own gradients come from a twin of the network, with the same
+weights, that no hook touches.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from milkglass.compression.quantize import Int8
+from milkglass.compression.rounding import Rounding
+from milkglass.compression.vector import Dense, VectorCompressor
+from milkglass.training.data_parallel import GaussianKState, GradientState, TopKState, gaussian_k_hook
+
+WIDTH, CLASSES, RECORDS = 20, 4, 8
+Maker = Callable[..., GradientState]
+
+
+class DenseState(GradientState):
+    """Sends all gradients."""
+
+    def compressor(self, density: float) -> VectorCompressor:
+        return Dense()
+
+
+class RoundingState(GradientState):
+    """Sends all gradients in eight bits."""
+
+    def compressor(self, density: float) -> VectorCompressor:
+        return Rounding(Int8())
+
+
+STATES: dict[str, Maker] = {
+    "dense": DenseState,
+    "rounding": RoundingState,
+    "top-k": TopKState,
+    "Gaussian-k": GaussianKState,
+}
+
+
+class Net(nn.Module):
+    """Its layers are used in another order than they are registered in, so that buckets are rebuilt; one weight is
+    a single number."""
+
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__()
+        self.last = nn.Linear(hidden, CLASSES)
+        self.first = nn.Linear(WIDTH, hidden)
+        self.middle = nn.Linear(hidden, hidden)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.middle(self.scale * torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+
+
+def net(seed: int = 0, hidden: int = 64) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net(hidden)
+
+
+def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(RECORDS, WIDTH, generator=generator), torch.randint(CLASSES, (RECORDS,), generator=generator)
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    x, y = batch(rank, step)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+@dataclass
+class Played:
+    """weights: by name, at the end. own, mean: sums over all steps of own gradients and of those that came back."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    means: list[dict[str, Tensor]] = field(default_factory=list)
+    owns: list[dict[str, Tensor]] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    sent: list[int] = field(default_factory=list)
+    dense: list[bool] = field(default_factory=list)
+    left_shares: list[float] = field(default_factory=list)
+    buckets: list[list[int]] = field(default_factory=list)
+
+
+def wrapped(model: nn.Module, state: GradientState | None, *, buckets: bool = True) -> DistributedDataParallel:
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002 if buckets else None)
+    if state is not None:
+        ddp.register_comm_hook(state, gaussian_k_hook)
+    return ddp
+
+
+def train(
+    rank: int,
+    maker: str | None,
+    settings: dict[str, Any],
+    steps: int = 6,
+    buckets: bool = True,
+    resume_at: int | None = None,
+    model_settings: dict[str, Any] | None = None,
+) -> Played:
+    """Plain SGD. resume_at: there everything is made anew, and only state_dicts are carried over."""
+    state = None if maker is None else STATES[maker](**settings)
+    ddp = wrapped(net(**(model_settings or {})), state, buckets=buckets)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    played = Played()
+    for step in range(steps):
+        if step == resume_at and maker is not None and state is not None:
+            kept, weights = state.state_dict(ddp), copy.deepcopy(ddp.module.state_dict())
+            state = STATES[maker](**settings)
+            fresh = net(seed=5)
+            fresh.load_state_dict(weights)
+            state.load_state_dict(kept, fresh)
+            ddp = wrapped(fresh, state, buckets=buckets)
+            optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        twin = copy.deepcopy(ddp.module)
+        loss_of(twin, rank, step).backward()  # type: ignore[no-untyped-call]
+        optimizer.zero_grad()
+        loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]
+        played.means.append({n: _gradient(p) for n, p in ddp.module.named_parameters()})
+        played.owns.append({n: _gradient(p) for n, p in twin.named_parameters()})
+        for into, now in ((played.mean, played.means[-1]), (played.own, played.owns[-1])):
+            for name, gradient in now.items():
+                into[name] = into.get(name, torch.zeros_like(gradient)) + gradient
+        if state is not None and state.report is not None:
+            played.sent.append(state.report.sent)
+            played.left_shares.append(state.report.left_share)
+            played.dense.append(all(vector.dense for vector in state.report.vectors))
+            played.buckets.append([vector.numbers for vector in state.report.vectors])
+        optimizer.step()
+    played.weights = {name: p.detach().clone() for name, p in ddp.module.named_parameters()}
+    played.state = {} if state is None else state.state_dict(ddp)
+    return played
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.detach().clone()
+
+
+def accumulate(rank: int, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(gradients after three backward passes of which the last one synchronizes, this rank's own sum)."""
+    state = TopKState(**settings)
+    ddp, twin = wrapped(net(), state), net()
+    for step in range(3):
+        loss_of(twin, rank, step).backward()  # type: ignore[no-untyped-call]
+        if step < 2:
+            with ddp.no_sync():
+                loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]
+        else:
+            loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]
+    assert state.step == 1
+    mean = {n: _gradient(p) for n, p in ddp.module.named_parameters()}
+    left = {n: state.state_dict(ddp)[f"left.{n}"] for n in mean}
+    return {n: 2 * mean[n] + left[n] + _of_other(left[n]) for n in mean}, {
+        n: _gradient(p) for n, p in twin.named_parameters()
+    }
+
+
+def _of_other(own: Tensor) -> Tensor:
+    """The other rank's tensor, of two."""
+    total = own.clone()
+    dist.all_reduce(total)
+    return total - own
+
+
+def poisoned(rank: int, bad: float, maker: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rank 1's gradients are not finite at step 2 of 5; nobody takes that step."""
+    state = STATES[maker](**settings)
+    ddp = wrapped(net(), state)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    broken, alive = [], []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = loss_of(ddp, rank, step)
+        if step == 2 and rank == 1:
+            loss = loss + ddp.module.middle.weight[0, 0] * bad
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert state.report is not None
+        broken.append(state.report.broken)
+        found = torch.cat([_gradient(p).flatten() for p in ddp.parameters()])
+        alive.append(bool(torch.isfinite(found).all()))
+        if not state.report.broken:
+            optimizer.step()
+    kept = state.state_dict(ddp)
+    weights = torch.cat([p.detach().flatten() for p in ddp.parameters()])
+    return {
+        "broken": broken,
+        "alive": alive,
+        "weights": weights,
+        "left_is_finite": all(bool(torch.isfinite(t).all()) for n, t in kept.items() if n.startswith("left")),
+    }
+
+
+def zeros(rank: int, maker: str, both: bool) -> tuple[list[int], list[Tensor]]:
+    """Gradients of zeros at rank 0, or at both."""
+    state = STATES[maker](density=0.1)
+    ddp = wrapped(net(), state)
+    (loss_of(ddp, rank, 0) * (0 if both or rank == 0 else 1)).backward()  # type: ignore[no-untyped-call]
+    assert state.report is not None
+    return [vector.sent for vector in state.report.vectors], [_gradient(p) for p in ddp.parameters()]
+
+
+def single(rank: int, maker: str) -> tuple[float, float]:
+    """A network of one weight: (its mean gradient, this rank's own)."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ddp = wrapped(model, STATES[maker](density=0.001))
+    ddp(torch.tensor([[rank + 1.0]])).sum().backward()
+    return float(_gradient(model.weight)), rank + 1.0
+
+
+def with_scaler(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Autocast under a gradient scaler that halves its scale once."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    state = TopKState(scaler=scaler, **settings)
+    ddp = wrapped(net(), state)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)  # the gradients stay those of the first weights
+    twin = net()
+    own = mean = torch.zeros(())
+    for step in range(5):
+        optimizer.zero_grad()
+        twin.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(ddp, rank, step)
+            loss_of(twin, rank, step).backward()  # type: ignore[no-untyped-call]
+        if step == 2 and rank == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        healthy = state.report is not None and not state.report.broken
+        if healthy:
+            mean = mean + torch.cat([_gradient(p).flatten() for p in ddp.parameters()])
+        if healthy or rank == 0:
+            own = own + torch.cat([_gradient(p).flatten() for p in twin.parameters()])
+        scaler.step(optimizer)
+        scaler.update()
+    kept = state.state_dict(ddp)
+    left = torch.cat([kept[f"left.{n}"].flatten() for n, _ in ddp.module.named_parameters()])
+    return {"scale": scaler.get_scale(), "kept": float(kept["scale"]), "own": own, "mean": mean, "left": left}
+
+
+def in_half(rank: int, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A network whose weights and gradients are of half precision."""
+    state = STATES[maker](density=0.05)
+    ddp = wrapped(net().to(dtype), state)
+    own = mean = torch.zeros((), dtype=torch.float64)
+    for step in range(4):
+        ddp.zero_grad()
+        x, y = batch(rank, step)
+        nn.functional.cross_entropy(ddp(x.to(dtype)).float(), y).backward()  # type: ignore[no-untyped-call]
+        mean = mean + torch.cat([_gradient(p).flatten() for p in ddp.parameters()]).double()
+        twin = copy.deepcopy(ddp.module)
+        twin.zero_grad()
+        nn.functional.cross_entropy(twin(x.to(dtype)).float(), y).backward()  # type: ignore[no-untyped-call]
+        own = own + torch.cat([_gradient(p).flatten() for p in twin.parameters()]).double()
+    kept = state.state_dict(ddp)
+    left = [kept[f"left.{n}"].flatten() for n, _ in ddp.module.named_parameters()]
+    return {"own": own, "mean": mean, "left": torch.cat(left).double()}
+
+
+def endless(rank: int, quiet: int, steps: int) -> None:
+    """Train until somebody is gone; rank `quiet` is gone after so many steps, by its own hand."""
+    state = GaussianKState(density=0.01)
+    ddp = wrapped(net(), state)
+    for step in range(10**6):
+        if rank == quiet and step == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ddp.zero_grad()
+        loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]
