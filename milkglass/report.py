@@ -171,7 +171,12 @@ def exchange_charts(run: RunResults) -> list[figures.Chart]:
                 "||u - C(u)||² / ||u||², at rank 0; lower = more was sent",
                 **{"measured": lambda line: line.left_share, "(1 - k/d)²": lambda line: line.bound},
                 **{"1 - k/d": lambda line: line.old_bound},
-            )
+            ),
+            drawn(
+                "Gradients sent",
+                "percent of all, at rank 0",
+                sent=lambda line: 100 * line.sent / line.numbers if line.sent is not None and line.numbers else None,
+            ),
         ]
     else:
         charts = [

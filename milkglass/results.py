@@ -51,6 +51,8 @@ class ExchangeLine(_File):
     """
 
     step: int
+    numbers: int | None = None
+    sent: int | None = None
     left_share: float | None = None
     bound: float | None = None
     old_bound: float | None = None

@@ -24,7 +24,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from milkglass.compression.peaks import Peaks, largest, pays
+from milkglass.compression.peaks import SHORT_EXACT, Peaks, largest, pays
 from milkglass.compression.vector import Selected, Selector, add, check_density, count_of, squares
 
 _MASKS: Final = 3
@@ -54,6 +54,9 @@ class GaussianK(Selector):
         count = count_of(self.density, len(u_D))
         if not pays(u_D, count):
             return Selected(*largest(u_D, plus_D, count))
+        if hint is None and len(u_D) < SHORT_EXACT:  # a first guess is seldom right, and a second look costs more there
+            indexes_C, before = largest(u_D, plus_D, count)
+            return Selected(indexes_C, before, _in_unit(u_D[indexes_C].abs(), before, len(u_D)))
         peaks = Peaks(u_D, plus_D)
         guess = hint if hint is not None and 0 < hint < math.inf else self._first
         unit = math.sqrt(peaks.before / len(u_D))
@@ -65,8 +68,7 @@ class GaussianK(Selector):
             found = found.largest(count)
         else:
             return Selected(found.indexes_C, peaks.before, guess * (passed / count) ** _STEP)
-        smallest = float(found.sizes_C.min()) if len(found.sizes_C) else 0.0
-        return Selected(found.indexes_C, peaks.before, smallest / unit if 0 < unit < math.inf else None)
+        return Selected(found.indexes_C, peaks.before, _in_unit(found.sizes_C, peaks.before, len(u_D)))
 
 
 @final
@@ -101,6 +103,12 @@ class PublishedGaussianK(Selector):
             else:
                 break
         return Selected(mask_D.nonzero().squeeze(1), squares(u_D))
+
+
+def _in_unit(sizes_C: Tensor, before: float, length: int) -> float | None:
+    """The smallest that is sent, over the root of the mean square: the next guess. None where nothing is to be said."""
+    unit = math.sqrt(before / length)
+    return float(sizes_C.min()) / unit if len(sizes_C) and 0 < unit < math.inf else None
 
 
 def _quantile(density: float) -> float:

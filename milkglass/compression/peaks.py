@@ -25,7 +25,7 @@ from milkglass.compression.vector import add, squares
 BLOCK: Final = 32  # 16 and fewer: slow reductions; 64 and more: too many numbers read for each that is found
 _CHUNK: Final = 1 << 17  # for each thread: half a megabyte of float32, thrice, in the caches of its core
 _SHORT: Final = 1 << 16  # below, two dozen small operations take longer than torch.topk
-_SHORT_EXACT: Final = 1 << 18  # and with a search among the blocks, below this
+SHORT_EXACT: Final = 1 << 18  # and with a search among the blocks, below this
 _SAMPLE: Final = 1 << 12
 _SAMPLE_ABOVE: Final = 64
 _MOST_BLOCKS: Final = 4  # for each number wanted
@@ -114,7 +114,7 @@ class Peaks:
 
 def largest(u_D: Tensor, plus_D: Tensor | None, count: int) -> tuple[Tensor, float]:
     """Add `plus_D`; the places of the `count` numbers farthest from zero that are not zero, and the sum of squares."""
-    if len(u_D) >= _SHORT_EXACT and pays(u_D, count):
+    if len(u_D) >= SHORT_EXACT and pays(u_D, count):
         peaks = Peaks(u_D, plus_D)
         return peaks.largest(count).indexes_C, peaks.before
     add(u_D, plus_D)

@@ -12,7 +12,8 @@ Where we differ from the paper: see `gaussian_k.py` for the threshold, `exchange
 counts steps, as a hook does not know of epochs. Momentum correction (Lin et al. 2018) is an option, and off.
 
 A gradient that is not finite at any rank becomes NaN at all, as it would without compression, and what is left over
-keeps clean: the gradient scaler of mixed precision then skips the step, and others see it in `report.broken`.
+stays finite: the gradient scaler of mixed precision then skips the step, and others see it in `report.broken`. What the
+other ranks had of that step waits with what is left over, and goes out later.
 
 Legend: D numbers of a bucket, or of all of them.
 """

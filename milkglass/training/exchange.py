@@ -98,7 +98,7 @@ class Exchange:
         if longest >= dense_bytes(self._g_D, self._ranks):
             self._send_all()
             return
-        self._raw = _packed(self._taken.parts, longest)
+        self._raw = packed(self._taken.parts, longest)
         self._rows_PW = list(torch.empty(self._ranks, longest, dtype=torch.uint8, device=self._raw.device))
         self._working = dist.all_gather(self._rows_PW, self._raw, group=self._group, async_op=True)
 
@@ -117,7 +117,7 @@ class Exchange:
         dtypes = compressor.dtypes(sum_D.dtype)
         sum_D.zero_()
         for row_W, sizes in zip(self._rows_PW, self._sizes_P, strict=True):
-            compressor.add_to(sum_D, _unpacked(row_W, dtypes, sizes.tolist()))
+            compressor.add_to(sum_D, unpacked(row_W, dtypes, sizes.tolist()))
         sum_D.div_(self._ranks)
         if sum_D is not self._g_D:
             self._g_D.copy_(sum_D)
@@ -155,8 +155,8 @@ def finite(g_D: Tensor) -> bool:
     return bool(torch.isfinite(torch.linalg.vector_norm(g_D))) or bool(torch.isfinite(g_D).all())
 
 
-def _packed(parts: Mapping[str, Tensor], length: int) -> Tensor:
-    """The parts as bytes (W,), one behind the other."""
+def packed(parts: Mapping[str, Tensor], length: int) -> Tensor:
+    """The parts as bytes (W,), one behind the other, and zeros up to `length`."""
     raw_W = torch.zeros(length, dtype=torch.uint8, device=next(iter(parts.values())).device)
     at = 0
     for tensor in parts.values():
@@ -166,7 +166,8 @@ def _packed(parts: Mapping[str, Tensor], length: int) -> Tensor:
     return raw_W
 
 
-def _unpacked(raw_W: Tensor, dtypes: Mapping[str, torch.dtype], sizes: list[int]) -> dict[str, Tensor]:
+def unpacked(raw_W: Tensor, dtypes: Mapping[str, torch.dtype], sizes: list[int]) -> dict[str, Tensor]:
+    """The parts in those bytes (W,): so many numbers of each. Raises MessageError where they cannot lie there."""
     parts, at = {}, 0
     for (name, dtype), size in zip(dtypes.items(), sizes, strict=True):
         if size < 0 or at + size * dtype.itemsize > len(raw_W):

@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -273,12 +274,17 @@ def in_half(rank: int, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"own": own, "mean": mean, "left": torch.cat(left).double()}
 
 
-def endless(rank: int, quiet: int, steps: int) -> None:
-    """Train until somebody is gone; rank `quiet` is gone after so many steps, by its own hand."""
+def endless(rank: int, quiet: int, steps: int, mark: str | None = None) -> None:
+    """Train until somebody is gone; rank `quiet` is gone after so many steps, by its own hand.
+
+    mark: a file that is there after so many steps.
+    """
     state = GaussianKState(density=0.01)
     ddp = wrapped(net(), state)
     for step in range(10**6):
         if rank == quiet and step == steps:
             os.kill(os.getpid(), signal.SIGKILL)
+        if mark is not None and step == steps:
+            Path(mark).touch()
         ddp.zero_grad()
         loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]

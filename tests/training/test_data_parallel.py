@@ -6,7 +6,10 @@ The laws hold whatever the buckets are. `hook_plays.py` is what each rank does.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,5 +256,21 @@ def test_whoever_is_left_tells_who_is_gone() -> None:
             assert told.value.kind == "LinkError"
             assert told.value.words.startswith(f"rank {rank}: rank 1 of 3 is gone or hangs (")
         assert time.monotonic() - began < 40  # not the timeout of the collective operation
+    finally:
+        ranks.close()
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
+    ranks = Ranks(3, timeout_seconds=6)
+    try:
+        ranks.begin(plays.endless, -1, 3, str(tmp_path / "at work"))
+        while not (tmp_path / "at work").exists():
+            time.sleep(0.05)
+        os.kill(ranks.pid(2), signal.SIGSTOP)
+        for rank in (0, 1):
+            with pytest.raises(RankError) as told:
+                ranks.end(rank, seconds=60)
+            assert told.value.kind == "LinkError"
+            assert told.value.words.startswith(f"rank {rank}: rank 2 of 3 is gone or hangs (")
     finally:
         ranks.close()

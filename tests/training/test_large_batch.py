@@ -101,7 +101,10 @@ def test_a_run_folder_says_what_it_came_to(trained: dict[str, Path], way: str) -
     assert summary["records"] == {"train": 256, "auxiliary": 180, "validation": 180, "test": 100}
     assert len(weights(out)) == NUMBERS
     assert not list(out.rglob("*.partial"))
-    assert "What the ranks exchanged" in render(read_results(out)) or way in ("dense", "powersgd")
+    page = render(read_results(out))
+    assert "Nothing crossed a cut: 2 processes of one owner" in page
+    assert ("Left over by compression" in page) == (way in ("topk", "gaussian_k"))
+    assert ("Steps between two averages" in page) == (way in ("periodic", "adaptive"))
 
 
 def test_bytes_are_those_at_the_sockets(trained: dict[str, Path]) -> None:
@@ -153,6 +156,13 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert torch.equal(weights(tmp_path / "out"), weights(trained[way]))
     assert lines(tmp_path / "out") == lines(trained[way])
     assert told(tmp_path / "out")["bytes_sent"] == pytest.approx(told(trained[way])["bytes_sent"], rel=0.2)
+
+
+def test_a_run_with_power_sgd_goes_on_though_not_to_the_same_bits(two_ranks: Ranks, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert two_ranks.run(whole, of("powersgd"), out, False, False, 2) == ["stopped"] * 2
+    fine(two_ranks.run(whole, of("powersgd"), out, True))
+    assert told(tmp_path / "out")["accuracy"] > 0.4
 
 
 def test_dropout_and_batch_norm_follow_the_key_and_a_resumed_run_too(two_ranks: Ranks, tmp_path: Path) -> None:
