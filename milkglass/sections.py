@@ -321,7 +321,7 @@ class Attacker(Section):
         ge=0,
         lt=1,
         description="The share of the data that the attacker knows pairs of. It is set aside of a client's own file as "
-        "well; 0 where there are only such (`client.own_records`) and no audit is to come.",
+        "well; 0 where there are only such (`client.own_records`) and no audit is to come, or with `data_parallel`.",
     )
     validation_share: float = Field(
         0.1, ge=0, lt=1, description="The share on which attacks are chosen and weighted; 0 like `auxiliary_share`."

@@ -186,6 +186,12 @@ def test_with_momentum_correction_the_optimizer_has_none_of_its_own(two_ranks: R
     torch.testing.assert_close(weights(tmp_path / "corrected"), weights(tmp_path / "plain"), rtol=1e-4, atol=1e-5)
 
 
+def test_who_is_not_to_be_attacked_need_not_set_records_aside(tmp_path: Path) -> None:
+    summary = train(recipe(attacker={"auxiliary_share": 0, "validation_share": 0}), tmp_path / "out")
+    assert summary is not None
+    assert summary["records"] == {"train": 256, "auxiliary": 0, "validation": 0, "test": 100}
+
+
 def test_a_folder_that_is_taken_is_told_to_all(two_ranks: Ranks, trained: dict[str, Path]) -> None:
     out = str(trained["dense"])
     first, second = two_ranks.run(whole, of("dense"), out)
