@@ -45,7 +45,10 @@ class Parallel(Section):
         description="`periodic`: steps between two averagings, default 8. `adaptive`: those at first, default 4.",
     )
     dense_epochs: int = Field(
-        1, ge=0, description="`periodic` and `adaptive`: so many epochs at the start average after every step."
+        1,
+        ge=0,
+        description="`periodic` and `adaptive`: so many epochs at the start average after every step; a server's "
+        "processes know of none, and begin with the period.",
     )
     compress_weights: bool = Field(
         False,

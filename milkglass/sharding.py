@@ -313,7 +313,7 @@ class Crew:
             try:
                 yield cast(_Part, self._part)
                 return
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MilkglassError) as error:
                 self._broken = first_line(error)
         raise MilkglassError(
             f"the {self.ranks} processes that share the server's stage no longer work together ({self._broken}); "

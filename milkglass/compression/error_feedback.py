@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from milkglass.compression.base import saturating
 from milkglass.compression.vector import Selector, Taken, VectorCompressor
 from milkglass.errors import MessageError, RecipeError
 
@@ -63,6 +64,15 @@ class ErrorFeedback:
             self._stopped = indexes_K, self.velocity_D[indexes_K]
             self.velocity_D[indexes_K] = 0
         return taken
+
+    def flush(self, g_D: Tensor) -> None:
+        """Add to `g_D`, in place, what was left over, for a step that is not compressed: nothing is left.
+
+        With momentum `g_D` becomes the velocity. What a half precision of `g_D` does not hold stays left over.
+        """
+        self.left_D.add_(g_D if self.velocity_D is None else self.velocity_D.mul_(self.momentum).add_(g_D))
+        g_D.copy_(saturating(self.left_D, g_D.dtype))
+        self.left_D.sub_(g_D)
 
     def put_back(self, taken: Taken) -> None:
         """Undo the sending of the last `take`: `left_D` is then all that was to be sent, to one unit in the last place.

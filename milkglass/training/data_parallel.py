@@ -18,6 +18,7 @@ other ranks had of that step waits with what is left over, and goes out later.
 Legend: D numbers of a bucket, or of all of them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from milkglass.compression.base import FLOATS
 from milkglass.compression.error_feedback import ErrorFeedback
 from milkglass.compression.gaussian_k import GaussianK
 from milkglass.compression.topk import ExactTopK
@@ -62,7 +64,8 @@ class StepReport:
     def left_share(self) -> float:
         """||u - C(u)||^2 / ||u||^2, u gradient and what was left before, C(u) what is sent: 0 = all of it, 1 = none."""
         before = sum(vector.before for vector in self.vectors)
-        return sum(vector.left for vector in self.vectors) / before if before else 0.0
+        share = sum(vector.left for vector in self.vectors) / before if before else 0.0
+        return share if math.isfinite(share) else math.nan
 
     @property
     def broken(self) -> tuple[int, ...]:
@@ -83,8 +86,10 @@ class _OnTheWay:
     """What was begun and is not finished: whose results wait for it."""
 
     exchange: Exchange
+    slot: _Slot
     waiting: list[tuple[Tensor, torch.futures.Future[Tensor]]]
     flat_D: Tensor
+    held: list[tuple[Tensor, Tensor]]
     sent: bool = field(default=False)
 
 
@@ -151,11 +156,11 @@ class GradientState(ABC):
 
         model: as DistributedDataParallel wraps it, or was given it.
         """
-        told = {"step": torch.tensor(self.step), "scale": torch.tensor(self._scale, dtype=torch.float64)}
+        told = {"step": torch.tensor(self.step)}
         if self._flat_hint is not None:
             told["hint"] = torch.tensor(self._flat_hint, dtype=torch.float64)
         for kind, tensors in (("left", self._left), ("velocity", self._velocity)):
-            told |= {f"{kind}.{name}": tensors[p].clone() for name, p in _named(model).items() if p in tensors}
+            told |= {f"{kind}.{name}": tensors[p] / self._scale for name, p in _named(model).items() if p in tensors}
         return told
 
     @final
@@ -178,7 +183,7 @@ class GradientState(ABC):
         if "step" not in state:
             raise RunError("state of gradient compression: step is missing; expected what state_dict returned")
         self.step = int(state["step"])
-        self._scale = float(state.get("scale", torch.tensor(1.0)))
+        self._scale = 1.0
         self._flat_hint = float(state["hint"]) if "hint" in state else None
         self._left, self._velocity = found["left"], found["velocity"]
         self._slots = {}
@@ -189,6 +194,9 @@ class GradientState(ABC):
         if self._pulse is None and dist.get_world_size(self._group) > 1:
             self._pulse = Pulse.of_default_group()
             keep(self._group)
+        if bucket.buffer().is_sparse or bucket.buffer().dtype not in FLOATS:
+            kind = "sparse" if bucket.buffer().is_sparse else bucket.buffer().dtype
+            raise RecipeError(f"gradients are {kind}; expected dense floats, as of nn.Embedding(..., sparse=False)")
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[bucket.buffer().device] if bucket.buffer().is_cuda else []
         )
@@ -221,8 +229,8 @@ class GradientState(ABC):
         gradients: dict[Tensor, Tensor] = {}
         for parameters, buffer, _ in self._seen:
             gradients |= dict(zip(parameters, _parted(buffer, parameters), strict=True))
-        known = next(iter(self._slots.values())).parameters if self._slots else tuple(gradients)
-        order = known if len(known) == len(gradients) else tuple(gradients)
+        known = [slot.parameters for slot in self._slots.values() if gradients.keys() == set(slot.parameters)]
+        order = known[0] if known else tuple(gradients)
         flat_D = torch.cat([gradients[parameter] for parameter in order])
         self._begin(order, flat_D, [(buffer, future) for _, buffer, future in self._seen])
 
@@ -232,18 +240,22 @@ class GradientState(ABC):
         flat_D: Tensor,
         waiting: list[tuple[Tensor, torch.futures.Future[Tensor]]],
     ) -> None:
-        exchange = Exchange(self._slot(parameters, flat_D).feedback, flat_D, self._group)
+        slot = self._slot(parameters, flat_D)
+        held = _held_back(slot, flat_D)
+        exchange = Exchange(slot.feedback, flat_D, self._group)
         exchange.start()
-        self._under_way.append(_OnTheWay(exchange, waiting, flat_D))
+        self._under_way.append(_OnTheWay(exchange, slot, waiting, flat_D, held))
 
     def _finish(self) -> None:
         vectors = []
         for begun in self._under_way:
             vectors.append(begun.exchange.finish())
+            for kept, before in begun.held:
+                kept.add_(before)
             if self.flat:
-                (slot,) = self._slots.values()
-                self._flat_hint = slot.feedback.hint
-                means = dict(zip(slot.parameters, _parted(begun.flat_D, slot.parameters), strict=True))
+                parameters = begun.slot.parameters
+                self._flat_hint = begun.slot.feedback.hint
+                means = dict(zip(parameters, _parted(begun.flat_D, parameters), strict=True))
                 for parameters, buffer, _ in self._seen:
                     torch.cat([means[parameter] for parameter in parameters], out=buffer)
             for buffer, future in begun.waiting:
@@ -315,6 +327,24 @@ def gaussian_k_hook(
     Raises LinkError, at all ranks that are left, with the names of those that are gone.
     """
     return state.take_in(bucket)
+
+
+def _held_back(slot: _Slot, flat_D: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Set what is left over of parameters without any gradient to zero; (where it was, what it was).
+
+    torch takes a parameter that no rank has used (`find_unused_parameters`) out of the bucket's results: what would be
+    sent for it would be lost.
+    """
+    feedback, held = slot.feedback, []
+    kept_D = [kept for kept in (feedback.left_D, feedback.velocity_D) if kept is not None]
+    for place, gradient in enumerate(_parted(flat_D, slot.parameters)):
+        if gradient[:1].any() or gradient.any():  # mostly the first number tells
+            continue
+        for kept in (_parted(each, slot.parameters)[place] for each in kept_D):
+            if kept.any():
+                held.append((kept, kept.clone()))
+                kept.zero_()
+    return held
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

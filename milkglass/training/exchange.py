@@ -66,8 +66,11 @@ class Exchange:
 
     def start(self) -> None:
         """Take this rank's part out of `g_D` and what was left before, and tell the others how large it is."""
-        if self._ranks == 1:  # nobody to send to
-            self._done = Exchanged(len(self._g_D), len(self._g_D), 0.0, 0.0, dense=True)
+        if self._ranks == 1:  # nobody to send to, and nothing is lost
+            length, alone = len(self._g_D), () if finite(self._g_D) else (self._name(0),)
+            if not alone:
+                self._feedback.flush(self._g_D)
+            self._done = Exchanged(length, length, 0.0, 0.0, dense=not alone, broken=alone)
             return
         names = self._feedback.compressor.dtypes(self._feedback.left_D.dtype)
         sizes = [_BROKEN] * len(names)
@@ -84,7 +87,7 @@ class Exchange:
             return
         self._working.wait()
         sizes = torch.stack(self._sizes_P)
-        broken = tuple((sizes[:, 0] == _BROKEN).nonzero().flatten().tolist())
+        broken = tuple(self._name(rank) for rank in (sizes[:, 0] == _BROKEN).nonzero().flatten().tolist())
         if broken:
             if self._taken is not None:
                 self._feedback.put_back(self._taken)
@@ -111,7 +114,8 @@ class Exchange:
         assert taken is not None
         sum_D = self._g_D if self._g_D.dtype == self._feedback.left_D.dtype else torch.empty_like(self._feedback.left_D)
         if not self._rows_PW:
-            self._g_D.div_(self._ranks)
+            if not self._early:
+                self._g_D.div_(self._ranks)
             return Exchanged(len(self._g_D), len(self._g_D), taken.before, 0.0, dense=True)
         compressor = self._feedback.compressor
         dtypes = compressor.dtypes(sum_D.dtype)
@@ -120,15 +124,26 @@ class Exchange:
             compressor.add_to(sum_D, unpacked(row_W, dtypes, sizes.tolist()))
         sum_D.div_(self._ranks)
         if sum_D is not self._g_D:
-            self._g_D.copy_(sum_D)
+            self._g_D.copy_(saturating(sum_D, self._g_D.dtype))
         return Exchanged(len(self._g_D), len(taken.parts["values"]), taken.before, taken.left)
 
     def _send_all(self) -> None:
         assert self._taken is not None
         self._feedback.put_back(self._taken)
-        self._g_D.copy_(saturating(self._feedback.left_D, self._g_D.dtype))
-        self._feedback.left_D.sub_(self._g_D)  # zero, but for what half precision has rounded off
+        left_D = self._feedback.left_D
+        share = self._ranks if self._early else 1
+        self._g_D.copy_(saturating(left_D / share, self._g_D.dtype))
+        left_D.sub_(self._g_D, alpha=share)  # zero, but for what half precision has rounded off
         self._working = dist.all_reduce(self._g_D, group=self._group, async_op=True)
+
+    @property
+    def _early(self) -> bool:
+        """Whether the mean's division comes before the sum, which half precision might not hold."""
+        return self._g_D.dtype in (torch.float16, torch.bfloat16)
+
+    def _name(self, rank: int) -> int:
+        """The number by which all know a rank of the group."""
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
 
 def average(feedback: ErrorFeedback, g_D: Tensor, group: Any = None) -> Exchanged:

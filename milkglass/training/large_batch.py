@@ -9,8 +9,9 @@ Nothing is split and nothing is private between ranks: they are one owner's. Wha
   order, and step by step the next P batches go to rank 0, 1, ...; so 2 ranks of 16 see what 1 rank of 32 sees.
 - The first weights follow from the seed, the order and dropout from a key that all ranks are given (or the seed).
 - Every rank keeps its own state beside the others', for all have something of their own: what compression left over, or
-  in local training the weights themselves. A resumed run ends in the same bits, but for PowerSGD: torch's state of it
-  is not kept, and its error memory begins anew.
+  in local training the weights themselves. A resumed run ends in the same bits, with two exceptions: torch's state of
+  PowerSGD is not kept, and its error memory begins anew; and `dense` sums in another order in the first step after a
+  resume, where torch parts parameters into buckets anew, so with three ranks or more its last bits differ.
 - After an epoch each rank tests its part of the test records with the network that it has. The last test, and what is
   kept, is of the network that all have in common. Statistics of BatchNorm are averaged before each test.
 
@@ -20,6 +21,7 @@ Legend: B records in a batch of a rank, P ranks.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -68,6 +70,7 @@ class _Training:
     y: Tensor
     party: Party
     way: Way
+    pulse: Pulse
     order: Source
     rank: int
     ranks: int
@@ -155,7 +158,8 @@ def _set_up(
         epochs=recipe.training.epochs,
         seed=recipe.seed,
     )
-    return _Training(recipe, records, *train, party, way, source.derive("order"), rank, ranks)
+    order = source.derive("order")
+    return _Training(recipe, records, *train, party, way, Pulse.of_default_group(), order, rank, ranks)
 
 
 @contextmanager
@@ -186,6 +190,7 @@ def _train_epochs(
     """From the newest checkpoint, or the start, to the last epoch: lines of metrics.jsonl, bytes of this rank."""
     before = tcp_traffic()
     lines, carried = _restore(training, folder)
+    _check_all_begin_at(len(lines), training.ranks, folder.path)
 
     def traffic() -> TcpTraffic | None:
         now = tcp_traffic()
@@ -196,6 +201,19 @@ def _train_epochs(
         _keep(training, folder, epoch, lines, traffic())
         progress.epoch(lines[-1])
     return lines, traffic()
+
+
+def _check_all_begin_at(epoch: int, ranks: int, out: Path) -> None:
+    """Raise RunError at all ranks where they have not all found the same checkpoint."""
+    own = torch.tensor([epoch])
+    epochs = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(epochs, own)
+    found = [int(each) for each in epochs]
+    if len(set(found)) > 1:
+        raise RunError(
+            f"run folder {out}: the ranks found checkpoints of epochs {', '.join(map(str, found))}; expected one "
+            "folder that all of them share"
+        )
 
 
 def _epoch(training: _Training, epoch: int, progress: Progress) -> dict[str, Any]:
@@ -216,6 +234,8 @@ def _epoch(training: _Training, epoch: int, progress: Progress) -> dict[str, Any
     counted = torch.tensor([loss_sum * len(batches[0]), right, seen, _right(training, mine)], dtype=torch.float64)
     dist.all_reduce(counted)
     loss, trained, seen, tested = counted.tolist()
+    if not math.isfinite(loss):
+        raise MilkglassError(f"epoch {epoch}: the loss is not finite; training has diverged: lower the learning rate")
     line = {
         "epoch": epoch,
         "loss": loss / seen,
@@ -238,6 +258,7 @@ def _batches(training: _Training, epoch: int) -> list[Tensor]:
 def _step(training: _Training, step: int, x: Tensor, y_B: Tensor) -> tuple[float, int]:
     """A step of this rank: its loss and how many records it classified right."""
     way, party = training.way, training.party
+    training.pulse.mark()
     learning = cast(torch.optim.Optimizer, party.optimizer)
     learning.zero_grad(set_to_none=True)
     way.module.train()

@@ -5,6 +5,7 @@ Both have the same verbs, so that the training loop is one. What a way tells of 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast, final
@@ -120,6 +121,10 @@ class Weights(Way):
 
     def end(self) -> None:
         average_parameters(self.module.parameters(), cast(dist.ProcessGroup, dist.group.WORLD))
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.module.parameters()):
+            raise MilkglassError(
+                "after the last step the weights are not finite; training has diverged: lower the learning rate"
+            )
 
     def state(self) -> dict[str, Tensor]:
         return self._averager.state_dict()
@@ -186,7 +191,7 @@ def averager_of(
     """A constant period is an adaptive one whose floor is its ceiling. total_steps: where it is known beforehand."""
     period = section.period or _PUBLISHED_PERIODS[section.exchange]
     together = max(1, section.dense_epochs * steps_per_epoch)
-    floor, ceiling = (period, period) if section.exchange == "periodic" else (1, CEILING)
+    floor, ceiling = (period, period) if section.exchange == "periodic" else (1, max(CEILING, period))
     sampled = SAMPLING_STEPS if total_steps is None else total_steps // 4  # a quarter, as published
     return AdaptivePeriodicAverager(
         initial_period=period,
@@ -207,7 +212,7 @@ def told_of(report: StepReport) -> dict[str, Any]:
         "step": report.step,
         "numbers": report.numbers,
         "sent": report.sent,
-        "left_share": report.left_share,
+        "left_share": report.left_share if math.isfinite(report.left_share) else None,
         "bound": tight,
         "old_bound": old,
     }

@@ -2,7 +2,8 @@
 
 A collective operation that breaks says which address has hung up, often that of a rank that was only the first to
 notice; one that hangs says nothing until its timeout. So each process has a thread that beats once a second in the
-store by which the ranks have found each other, and whoever meets an error looks on for a while.
+store by which the ranks have found each other, and whoever meets an error looks on for a while. The beat also says how
+many exchanges its rank has begun: one that is alive, but stuck in work of its own, is behind the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any, ClassVar, Final, final
 
 import torch.distributed as dist
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from milkglass.errors import LinkError, first_line
 
 BEAT_SECONDS: Final = 1.0
+_SAID_CHARACTERS: Final = 160  # gloo's own words are much longer
 _STORE_SECONDS: Final = 5.0  # a beat on its way takes no longer
 _LET_GO_SECONDS: Final = 0.05
 _WATCHED_SECONDS: Final = 3.5 * BEAT_SECONDS  # a busy machine may skip a beat or two
@@ -39,6 +42,7 @@ class Pulse:
         self._store = dist.distributed_c10d.PrefixStore("milkglass.pulse", store)
         self._rank, self._ranks = rank, ranks
         self._over = threading.Event()
+        self._begun = 0
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -49,6 +53,8 @@ class Pulse:
         """In the store of the process group that `init_process_group` has made; one for all who ask."""
         store = dist.distributed_c10d._get_default_store()
         if cls._own is None or cls._own[0] is not store:
+            if cls._own is not None:
+                cls._own[1].stop()
             cls._own = store, cls(store, dist.get_rank(), dist.get_world_size())
             keep(dist.group.WORLD)
         return cls._own[1]
@@ -78,27 +84,42 @@ class Pulse:
         others = (rank for rank in range(self._ranks) if rank != self._rank)
         return [rank for rank in others if before.get(rank) == after.get(rank)]
 
+    def mark(self) -> None:
+        """Begin with another exchange: all ranks do so equally often, so that who is behind can be told."""
+        self._begun += 1
+
     @contextmanager
     def naming_the_missing(self) -> Iterator[None]:
         """Inside, an error of a collective operation becomes a LinkError that names the ranks that are gone.
 
         So does an interruption, if a rank is gone: torchrun ends all others when one has ended.
         """
+        self.mark()
         try:
             yield
         except (RuntimeError, ConnectionError) as error:
             if not _of_the_network(error):
                 raise
             with _not_terminated():
-                gone = self.missing()
-            words = f"{_words(gone, self._ranks)} ({first_line(error)})"
-            raise LinkError(f"rank {self._rank}: {words}") from None
+                words = self._words()
+            said = shorten(first_line(error), _SAID_CHARACTERS, placeholder=" ...")
+            raise LinkError(f"rank {self._rank}: {words} ({said})") from None
         except KeyboardInterrupt:
             with _not_terminated():
                 gone = self.missing() if self._ranks > 1 else []
             if not gone:
                 raise
             raise LinkError(f"rank {self._rank}: {_words(gone, self._ranks)}") from None
+
+    def _words(self) -> str:
+        """Who is gone; if nobody is, who is behind."""
+        gone = self.missing()
+        if gone == []:
+            begun = {rank: int(beat.split(b" ")[1]) for rank, beat in (self._beats() or {}).items()}
+            behind = [rank for rank, count in sorted(begun.items()) if count < max(begun.values())]
+            if behind:
+                return f"{_ranks(behind, self._ranks)} there, but behind: stuck in work of its own"
+        return _words(gone, self._ranks)
 
     def _beats(self) -> dict[int, bytes] | None:
         found = {}
@@ -111,12 +132,14 @@ class Pulse:
         return found
 
     def _beat(self, count: int) -> None:
-        self._store.set(str(self._rank), str(count))
+        self._store.set(str(self._rank), f"{count} {self._begun}")
 
     def _run(self) -> None:
         count = 0
         while not self._over.wait(BEAT_SECONDS):
             count += 1
+            if not dist.is_initialized():  # the store ends soon, and complains at length of who still asks
+                return
             try:
                 self._beat(count)
             except (RuntimeError, ConnectionError):  # whoever keeps the store has ended: so will this process
@@ -150,9 +173,12 @@ def _words(gone: list[int] | None, ranks: int) -> str:
         return "the others' meeting place (the store of rank 0, or of torchrun) is gone"
     if not gone:
         return "the ranks no longer work together, though all are there"
-    if len(gone) == 1:
-        return f"rank {gone[0]} of {ranks} is gone or hangs"
-    return f"ranks {', '.join(map(str, gone))} of {ranks} are gone or hang"
+    return f"{_ranks(gone, ranks)} gone or {'hangs' if len(gone) == 1 else 'hang'}"
+
+
+def _ranks(some: list[int], ranks: int) -> str:
+    names = ", ".join(map(str, some))
+    return f"rank {names} of {ranks} is" if len(some) == 1 else f"ranks {names} of {ranks} are"
 
 
 def _of_the_network(error: BaseException) -> bool:

@@ -99,7 +99,7 @@ def follow(recipe: Recipe, shape: Sequence[int], classes: int) -> None:
 
 def _joint(recipe: Recipe) -> Joint:
     """How the ranks' stages stay one: as `parallel.exchange` says, from the first step on."""
-    section = recipe.parallel
+    section = recipe.parallel.model_copy(update={"dense_epochs": 0})  # they know of no epochs
     if section.exchange in ("periodic", "adaptive"):
         return Joint(averager=lambda group: averager_of(section, group=group))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +253,11 @@ def with_scaler(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
         scaler.update()
     kept = state.state_dict(ddp)
     left = torch.cat([kept[f"left.{n}"].flatten() for n, _ in ddp.module.named_parameters()])
-    return {"scale": scaler.get_scale(), "kept": float(kept["scale"]), "own": own, "mean": mean, "left": left}
+    without = TopKState(**settings)
+    without.load_state_dict(kept, ddp)
+    again = without.state_dict(ddp)
+    same = all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
+    return {"scale": scaler.get_scale(), "own": own, "mean": mean, "left": left, "same": same}
 
 
 def in_half(rank: int, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -272,6 +277,90 @@ def in_half(rank: int, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
     kept = state.state_dict(ddp)
     left = [kept[f"left.{n}"].flatten() for n, _ in ddp.module.named_parameters()]
     return {"own": own, "mean": mean, "left": torch.cat(left).double()}
+
+
+class Branches(nn.Module):
+    """Uses one of two layers, in turns; rank 1 both, every third time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 32), nn.Linear(WIDTH, 32)
+        self.last = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        taken = [self.first(x), self.second(x), self.first(x) + self.second(x)][which]
+        return self.last(torch.tanh(taken))  # type: ignore[no-any-return]
+
+
+def with_branches(rank: int, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(what came back, own gradients, what is left over): sums over steps. Some parameters are used by no rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Branches()
+    state = TopKState(**settings)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.002)
+    ddp.register_comm_hook(state, gaussian_k_hook)
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    own = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for step in range(9):
+        which = 2 if rank == 1 and step % 3 == 2 else step % 2
+        x, y = batch(rank, step)
+        twin = copy.deepcopy(model)
+        nn.functional.cross_entropy(twin(x, which), y).backward()  # type: ignore[no-untyped-call]
+        ddp.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(ddp(x, which), y).backward()  # type: ignore[no-untyped-call]
+        for into, one in ((mean, model), (own, twin)):
+            for name, parameter in one.named_parameters():
+                into[name] += 0 if parameter.grad is None else parameter.grad
+    kept = state.state_dict(ddp)
+    left = [kept[f"left.{name}"].flatten() for name in own]
+    flat_mean, flat_own = (torch.cat([t.flatten() for t in tensors.values()]) for tensors in (mean, own))
+    return flat_mean, flat_own, torch.cat(left)
+
+
+def large_halves(_: int, dtype: torch.dtype) -> Tensor:
+    """Two gradients whose sum half precision does not hold, and whose mean it does."""
+    model = nn.Linear(1, 4, bias=False).to(dtype)
+    ddp = wrapped(model, DenseState(density=1.0))
+    (ddp(torch.ones(1, 1, dtype=dtype)).float() * 40000.0).sum().backward()
+    return _gradient(model.weight)
+
+
+def two_with_one_state(rank: int, flat: bool) -> tuple[Tensor, Tensor]:
+    """(weights of two networks that take turns, left over of both): under one state."""
+    state = TopKState(0.05, flat=flat)
+    models = [wrapped(net(seed), state) for seed in (0, 1)]
+    for step in range(4):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, rank, step).backward()  # type: ignore[no-untyped-call]
+    found = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models]
+    return torch.cat(found), torch.cat([t.flatten() for m in models for t in state.state_dict(m).values()])
+
+
+def alone_with_momentum(_: int) -> tuple[list[float], tuple[int, ...]]:
+    """Gradients of ones under momentum correction, and who is named for one that is not finite: of one rank."""
+    model = nn.Linear(1, 1, bias=False)
+    state = GaussianKState(momentum=0.9)
+    ddp = wrapped(model, state)
+    found = []
+    for value in (1.0, 1.0, 1.0, float("nan")):
+        ddp.zero_grad()
+        ddp(torch.tensor([[value]])).sum().backward()
+        found.append(float(_gradient(model.weight)))
+    assert state.report is not None
+    return found, state.report.broken
+
+
+def asleep(rank: int, quiet: int) -> None:
+    """Train, until rank `quiet` does something else for long."""
+    state = GaussianKState(density=0.01)
+    ddp = wrapped(net(), state)
+    for step in range(10**6):
+        if rank == quiet and step == 5:
+            time.sleep(60)
+        ddp.zero_grad()
+        loss_of(ddp, rank, step).backward()  # type: ignore[no-untyped-call]
 
 
 def endless(rank: int, quiet: int, steps: int, mark: str | None = None) -> None:

@@ -178,8 +178,9 @@ def test_a_network_of_one_weight_learns(two_ranks: Ranks, maker: str) -> None:
 @pytest.mark.parametrize("flat_one", [False, True])
 def test_what_is_left_over_follows_the_gradient_scaler(two_ranks: Ranks, flat_one: bool) -> None:
     one, other = two_ranks.run(plays.with_scaler, {"density": 0.05, "flat": flat_one})
-    assert one["scale"] == one["kept"] * 1.0 == 512.0
-    total = one["own"] + other["own"] - (one["left"] + other["left"]) / one["scale"]
+    assert one["scale"] == 512.0
+    assert one["same"]  # what is kept has no scale, so that a training without a scaler can take it over
+    total = one["own"] + other["own"] - one["left"] - other["left"]
     torch.testing.assert_close(2 * one["mean"], total, rtol=1e-3, atol=1e-4)
 
 
@@ -234,6 +235,36 @@ def test_the_density_follows_the_warm_up() -> None:
     assert densities == [0.015625, 0.015625, 0.004, 0.001, 0.001]
 
 
+@pytest.mark.parametrize("flat_one", [False, True])
+def test_nothing_is_lost_where_no_rank_uses_a_parameter(two_ranks: Ranks, flat_one: bool) -> None:
+    (mean, own, left), (_, theirs, other_left) = two_ranks.run(plays.with_branches, {"density": 0.1, "flat": flat_one})
+    torch.testing.assert_close(2 * mean, own + theirs - left - other_left, rtol=0, atol=2e-6)
+    assert left.any()
+
+
+def test_the_mean_of_large_halves_is_theirs(two_ranks: Ranks) -> None:
+    for found in two_ranks.run(plays.large_halves, torch.float16):
+        torch.testing.assert_close(found.float(), torch.full((4, 1), 40000.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("flat_one", [False, True])
+def test_two_networks_under_one_state_keep_apart(two_ranks: Ranks, flat_one: bool) -> None:
+    (one, left), (other, other_left) = two_ranks.run(plays.two_with_one_state, flat_one)
+    assert torch.equal(one, other)
+    assert not torch.equal(left, other_left)
+
+
+def test_one_rank_alone_has_momentum_too_and_is_named() -> None:
+    ranks = Ranks(1)
+    try:
+        ((found, broken),) = ranks.run(plays.alone_with_momentum)
+        assert found[:3] == pytest.approx([1.0, 1.9, 2.71])
+        assert math.isnan(found[3])
+        assert broken == (0,)
+    finally:
+        ranks.close()
+
+
 def test_one_rank_alone_trains_as_if_there_were_no_hook() -> None:
     ranks = Ranks(1)
     try:
@@ -272,5 +303,19 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
                 ranks.end(rank, seconds=60)
             assert told.value.kind == "LinkError"
             assert told.value.words.startswith(f"rank {rank}: rank 2 of 3 is gone or hangs (")
+    finally:
+        ranks.close()
+
+
+def test_a_rank_that_is_there_but_does_something_else_is_named() -> None:
+    ranks = Ranks(3, timeout_seconds=6)
+    try:
+        ranks.begin(plays.asleep, 1)
+        for rank in (0, 2):
+            with pytest.raises(RankError) as told:
+                ranks.end(rank, seconds=60)
+            assert told.value.words.startswith(
+                f"rank {rank}: rank 1 of 3 is there, but behind: stuck in work of its own ("
+            )
     finally:
         ranks.close()

@@ -29,7 +29,7 @@ from milkglass.training.large_batch import train
 from milkglass.training.split import train as train_split
 from milkglass.training.tcp_traffic import tcp_traffic
 from tests.training.gloo_ranks import Ranks
-from tests.training.together import recipe, whole
+from tests.training.together import elsewhere, recipe, whole
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8  # in an epoch: 256 records, 2 ranks, 16 of each
@@ -220,6 +220,26 @@ def test_a_training_that_diverges_ends_in_one_line_at_all_ranks(two_ranks: Ranks
         assert words is not None
         assert "finite" in words
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("way", ["periodic", "adaptive"])
+def test_a_training_that_diverges_between_averages_does_not_end_as_finished(
+    two_ranks: Ranks, way: str, tmp_path: Path
+) -> None:
+    section = {"exchange": way, "period": 64, "dense_epochs": 0}
+    told_recipe = recipe(parallel=section, training={"learning_rate": 1e12, "epochs": 1})
+    for words in two_ranks.run(whole, told_recipe, str(tmp_path / "out")):
+        assert words is not None
+        assert "not finite; training has diverged" in words
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_ranks_that_do_not_share_a_folder_are_told_so(two_ranks: Ranks, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert two_ranks.run(whole, of("topk"), str(out), False, False, 1) == ["stopped"] * 2
+    for words in two_ranks.run(elsewhere, of("topk"), str(out)):
+        assert words is not None
+        assert words.endswith("checkpoints of epochs 1, 0; expected one folder that all of them share")
 
 
 def test_too_few_records_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from milkglass.client import StepResult
-from milkglass.errors import CutError, MilkglassError, RecipeError
+from milkglass.errors import CutError, LinkError, MilkglassError, RecipeError
 from milkglass.randomness import Source
 from milkglass.recipe import parse_recipe
+from milkglass.sharding import Crew, Links
 from milkglass.training import sharded
 from milkglass.training.join import join
 from milkglass.training.serve import serve
@@ -324,6 +325,18 @@ class _Broken:
 
     def load(self) -> None:
         raise MilkglassError("gone")
+
+
+@pytest.mark.parametrize(
+    "error", [LinkError("rank 1 of 2 is gone"), MilkglassError("not finite"), RuntimeError("gloo")]
+)
+def test_whatever_breaks_the_ranks_is_told_with_the_way_on_and_they_stay_broken(error: Exception) -> None:
+    crew = Crew(Links(0, 2, torch.device("cpu"), None, None))
+    words = r"no longer work together \(.*\); nothing is lost: start torchrun again"
+    with pytest.raises(MilkglassError, match=words), crew._together():
+        raise error
+    with pytest.raises(MilkglassError, match="nothing is lost: start torchrun again"):
+        crew.step()
 
 
 def test_a_step_that_not_all_take_stays_half_done_so_that_no_checkpoint_holds_it() -> None:
