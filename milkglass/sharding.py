@@ -11,17 +11,16 @@ the server that clients talk to (`Crew`), the others do as it says (`follow`). I
   DistributedDataParallel takes the mean, so a rank first multiplies by the number of ranks.
 - Gradients meet once a step, in the backward pass of its last piece. Each rank then steps its own optimizer, and as
   weights and optimizers were equal before, they are equal afterwards.
-- Or, as a `Joint` says, compressed by a communication hook, or not at all: then each rank steps by itself, weights are
-  averaged after a number of steps, and before anybody reads them or asks for an answer.
+- Or, as a `Joint` says, compressed, or not at all: then each rank steps by itself, and weights are averaged after some
+  steps, and before anybody reads them or asks for an answer.
 - Dropout: for every pass rank 0 draws a key from the server's generator, and each rank derives its own numbers from it.
   So the bits depend on the number of ranks, and only rank 0 has a generator to keep.
 
 We differ in the forward pass, which is the stage's own: DistributedDataParallel allows one forward pass for each
 backward pass, and U-shaped several pieces are on their way at once. It is shown what a pass has made, no more.
 
-What ranks tell each other is neither encrypted nor authenticated: they belong on one machine, or on a network of one's
-own. Shards travel through main memory (gloo), from which they come and to which they return; where there is a GPU,
-stages lie there, and gradients travel with NCCL.
+What ranks tell each other is neither encrypted nor authenticated: they belong on one machine, or on one's own network.
+Shards travel through main memory (gloo); where there is a GPU, stages lie there, and gradients travel with NCCL.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import IntEnum
 from typing import Any, Final, cast, final
 
@@ -43,10 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from milkglass.errors import MilkglassError, RunError, first_line
 from milkglass.randomness import KEY_BYTES, Source, drawing_from
+from milkglass.rank_links import Links, dealt, gathered, shards_of
 from milkglass.server import Server
 
-_IDLE: Final = timedelta(days=3650)  # between two commands any time may pass
-_BUSY: Final = timedelta(minutes=5)  # all take part in a pass; one that hangs so long is taken for gone
 _KEY_WORDS: Final = KEY_BYTES // 8
 _MOST_DIMENSIONS: Final = 8
 _WORDS: Final = 4 + _KEY_WORDS + _MOST_DIMENSIONS
@@ -60,12 +57,13 @@ class _Op(IntEnum):
 class Joint:
     """How the ranks' stages stay one.
 
-    attach: is given what gradients meet by, for a communication hook. averager: made for a stage and the group of the
-    ranks; then gradients do not meet, each rank steps by itself, and weights are averaged.
+    attach: is given what gradients meet by, for a communication hook; bucket_mebibytes: of that. averager: made for
+    the ranks' group; then gradients do not meet: each rank steps by itself, and weights are averaged.
     """
 
     attach: Callable[[DistributedDataParallel], None] = lambda _: None
     averager: Callable[[Any], ModelAverager] | None = None
+    bucket_mebibytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,36 +85,6 @@ class _Command:
         op, number, pieces, dimensions, *rest = words.tolist()
         key, shape = rest[:_KEY_WORDS], rest[_KEY_WORDS:][:dimensions]
         return _Command(_Op(op), number, pieces, tuple(key), tuple(shape))
-
-
-@dataclass(frozen=True)
-class Links:
-    """How the ranks reach each other: commands by the default group, shards and gradients by these."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-    shards: Any
-    gradients: Any
-
-
-@contextmanager
-def linked() -> Iterator[Links]:
-    """Inside, this process is connected with the others that torchrun has started."""
-    dist.init_process_group("gloo", timeout=_IDLE)
-    try:
-        shards = dist.new_group(backend="gloo", timeout=_BUSY)
-        device, gradients = torch.device("cpu"), shards
-        if torch.cuda.is_available():
-            own, there = dist.get_node_local_rank(), torch.cuda.device_count()
-            if own >= there:
-                raise MilkglassError(f"process {own + 1} on a machine with {there} GPUs; expected one process for each")
-            device = torch.device("cuda", own)
-            torch.cuda.set_device(device)
-            gradients = dist.new_group(backend="nccl", timeout=_BUSY)
-        yield Links(dist.get_rank(), dist.get_world_size(), device, shards, gradients)
-    finally:
-        dist.destroy_process_group()
 
 
 @final
@@ -180,8 +148,9 @@ class _Part:
 
     def stepped(self) -> None:
         """Of any rank: weights meet, where it is time."""
-        if self._averager is not None and self.server.optimizer is not None:
-            self._averager.average_parameters(self.server.optimizer.param_groups)  # type: ignore[no-untyped-call]
+        optimizer = self.server.optimizer
+        if self._averager is not None and optimizer is not None:
+            self._averager.average_parameters(optimizer.param_groups)  # type: ignore[no-untyped-call]
 
     def agree(self) -> None:
         """Weights meet at once; where they are to meet next does not change."""
@@ -196,6 +165,7 @@ class _Part:
         meeting = DistributedDataParallel(
             _Meeting(self.server.stage),
             process_group=self.links.gradients,
+            bucket_cap_mb=self._joint.bucket_mebibytes,
             find_unused_parameters=any(gradient is None for gradient in found),
         )
         self._joint.attach(meeting)
@@ -288,20 +258,20 @@ class Crew:
         """A forward pass of all; what it returns has no graph."""
         with self._together() as part:
             key = torch.randint(-(2**63), 2**63 - 1, (_KEY_WORDS,), generator=part.server.generator).tolist()
-            shards = _shards(z.detach(), self.ranks, z[:1].detach())
+            shards = shards_of(z.detach(), self.ranks, z[:1].detach())
             command = _Command(_Op.FORWARD, number, pieces, tuple(key), tuple(shards[0].shape))
             self._say(command)
-            made = part.forward(_dealt(self._links, shards[0], shards), command)
-            return _gathered(self._links, made)[: len(z)]
+            made = part.forward(dealt(self._links, shards[0], shards), command)
+            return gathered(self._links, made)[: len(z)]
 
     def pass_back(self, gradient: Tensor, number: int, pieces: int) -> Tensor:
         """A backward pass of all: the gradient at what a forward pass of that number took."""
         with self._together() as part:
-            shards = _shards(gradient, self.ranks, torch.zeros_like(gradient[:1]))
+            shards = shards_of(gradient, self.ranks, torch.zeros_like(gradient[:1]))
             command = _Command(_Op.BACKWARD, number, pieces, shape=tuple(shards[0].shape))
             self._say(command)
-            back = part.backward(_dealt(self._links, shards[0], shards), command)
-            return _gathered(self._links, back)[: len(gradient)]
+            back = part.backward(dealt(self._links, shards[0], shards), command)
+            return gathered(self._links, back)[: len(gradient)]
 
     def _say(self, command: _Command) -> None:
         dist.broadcast(command.words(), 0)
@@ -366,9 +336,9 @@ def follow(
 
 def _obey(part: _Part, command: _Command) -> None:
     if command.op is _Op.FORWARD:
-        _gathered(part.links, part.forward(_dealt(part.links, torch.empty(command.shape)), command))
+        gathered(part.links, part.forward(dealt(part.links, torch.empty(command.shape)), command))
     elif command.op is _Op.BACKWARD:
-        _gathered(part.links, part.backward(_dealt(part.links, part.made(command.number)), command))
+        gathered(part.links, part.backward(dealt(part.links, part.made(command.number)), command))
     elif command.op is _Op.STEP:
         part.step()
     elif command.op is _Op.AGREE:
@@ -377,24 +347,3 @@ def _obey(part: _Part, command: _Command) -> None:
         raw = torch.empty(command.number, dtype=torch.uint8)
         dist.broadcast(raw, 0, part.links.shards)
         part.server.load_weights(load(raw.numpy().tobytes()), with_optimizer=True)
-
-
-def _shards(rows: Tensor, ranks: int, filling: Tensor) -> list[Tensor]:
-    """Equally many rows for each rank, in order; where they do not suffice, `filling` (1, ...)."""
-    each = -(-len(rows) // ranks)
-    missing = each * ranks - len(rows)
-    return list(torch.cat([rows, *[filling] * missing]).contiguous().chunk(ranks))
-
-
-def _dealt(links: Links, room: Tensor, shards: list[Tensor] | None = None) -> Tensor:
-    """Own shard of what rank 0 deals; `room` is as large as one."""
-    own = torch.empty_like(room)
-    dist.scatter(own, shards, 0, links.shards)
-    return own
-
-
-def _gathered(links: Links, own: Tensor) -> Tensor:
-    """At rank 0 all rows, in order; elsewhere nothing of use."""
-    parts = [torch.empty_like(own) for _ in range(links.ranks)] if links.rank == 0 else None
-    dist.gather(own, parts, 0, links.shards)
-    return own if parts is None else torch.cat(parts)

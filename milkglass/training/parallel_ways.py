@@ -26,6 +26,8 @@ from milkglass.training.data_parallel import GaussianKState, GradientState, Step
 
 POWERSGD_STARTS: Final = 2
 """The first steps of PowerSGD send everything, as torch asks for: buckets are parted anew after the first one."""
+ONE_BUCKET: Final = 1 << 20
+"""Mebibytes, more than any network has. With several buckets torch's PowerSGD waits in gloo's threads, and hangs."""
 _PUBLISHED_PERIODS: Final = {"periodic": 8, "adaptive": 4}
 
 
@@ -64,7 +66,8 @@ class Gradients(Way):
 
     def __init__(self, network: nn.Module, section: Parallel, momentum: float, steps_per_epoch: int, seed: int) -> None:
         super().__init__()
-        ddp = DistributedDataParallel(network)
+        bucket = None if section.exchange == "dense" else ONE_BUCKET
+        ddp = DistributedDataParallel(network, bucket_cap_mb=bucket, gradient_as_bucket_view=True)
         self.module, self._network = ddp, network
         self._hook = gradient_state(section, momentum=momentum, steps_per_epoch=steps_per_epoch)
         if self._hook is not None:
@@ -192,13 +195,14 @@ def averager_of(
     period = section.period or _PUBLISHED_PERIODS[section.exchange]
     together = max(1, section.dense_epochs * steps_per_epoch)
     floor, ceiling = (period, period) if section.exchange == "periodic" else (1, max(CEILING, period))
-    sampled = SAMPLING_STEPS if total_steps is None else total_steps // 4  # a quarter, as published
+    # a quarter of all, as published, but counted from the end of the epochs together: few epochs would leave no sample
+    sampled = SAMPLING_STEPS if total_steps is None else max(period, total_steps // 4)
     return AdaptivePeriodicAverager(
         initial_period=period,
         floor=floor,
         ceiling=ceiling,
         every_step_for=together,
-        sampling_steps=max(sampled, together + period),
+        sampling_steps=together + sampled,
         compressor=GaussianK(section.density) if section.compress_weights else None,
         process_group=group,
         log=log,

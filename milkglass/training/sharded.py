@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from milkglass.cuts import couples_records
 from milkglass.errors import CutError, RecipeError
 from milkglass.randomness import public_source
+from milkglass.rank_links import linked
 from milkglass.recipe import Recipe
 from milkglass.server import Server
-from milkglass.sharding import Crew, Joint, linked
+from milkglass.sharding import Crew, Joint
 from milkglass.sharding import follow as follow_crew
 from milkglass.training.data_parallel import gaussian_k_hook
-from milkglass.training.parallel_ways import averager_of, gradient_state, power_sgd_state
+from milkglass.training.parallel_ways import ONE_BUCKET, averager_of, gradient_state, power_sgd_state
 from milkglass.training.setup import network_parts, optimizer
 from milkglass.transports.grpc import Log
 
@@ -110,7 +111,7 @@ def _joint(recipe: Recipe) -> Joint:
         if section.exchange == "powersgd":
             meeting.register_comm_hook(power_sgd_state(section, recipe.seed, meeting.process_group), powerSGD_hook)
 
-    return Joint(attach)
+    return Joint(attach, bucket_mebibytes=None if section.exchange == "dense" else ONE_BUCKET)
 
 
 def _stage(recipe: Recipe, shape: Sequence[int], classes: int, place: int) -> nn.Module:

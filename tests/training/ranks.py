@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from milkglass.errors import MessageError, MilkglassError
 from milkglass.messages import Kind, Message
 from milkglass.randomness import Source, drawing_from, public_source
+from milkglass.rank_links import Links, linked
 from milkglass.server import Server
-from milkglass.sharding import Crew, Joint, Links, follow, linked
+from milkglass.sharding import Crew, Joint, follow
 from milkglass.training.averaging import AdaptivePeriodicAverager
 from milkglass.training.data_parallel import TopKState, gaussian_k_hook
 from tests.helpers import KEY

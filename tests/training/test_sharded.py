@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from milkglass.client import StepResult
 from milkglass.errors import CutError, LinkError, MilkglassError, RecipeError
 from milkglass.randomness import Source
+from milkglass.rank_links import Links
 from milkglass.recipe import parse_recipe
-from milkglass.sharding import Crew, Links
+from milkglass.sharding import Crew
 from milkglass.training import sharded
 from milkglass.training.join import join
 from milkglass.training.serve import serve
