@@ -291,6 +291,7 @@ def test_whoever_is_left_tells_who_is_gone() -> None:
         ranks.close()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
     ranks = Ranks(3, timeout_seconds=6)
     try:
@@ -307,6 +308,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
         ranks.close()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_there_but_does_something_else_is_named() -> None:
     ranks = Ranks(3, timeout_seconds=6)
     try:

@@ -336,6 +336,7 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_that_dies_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     started = _torchrun(out)
