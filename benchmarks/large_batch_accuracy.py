@@ -57,6 +57,8 @@ WAYS: Final[dict[str, tuple[str, ...]]] = {
     "Gaussian-k, .001, warm-up": ("exchange=gaussian_k", "density=0.001", _WARM_UP),
     "PowerSGD, rank 1": ("exchange=powersgd",),
     _ADAPTIVE: ("exchange=adaptive", "dense_epochs=0"),
+    "adaptive, Gaussian-k, .1": ("exchange=adaptive", "dense_epochs=0", "compress_weights=true", "density=0.1"),
+    "adaptive, Gaussian-k, .01": ("exchange=adaptive", "dense_epochs=0", "compress_weights=true", "density=0.01"),
 }
 
 
