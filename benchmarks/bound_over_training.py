@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import large_batch_accuracy
-from benchmarks.charts import svg
 from benchmarks.setting import command_line, machine_line, write_result
+from milkglass.charts import svg
 from milkglass.figures import chart
 
 _WAYS: Final = ("top-k, .001", "Gaussian-k, .001", "top-k, .01", "Gaussian-k, .01")

@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 from scipy.optimize import nnls
 
-from benchmarks.charts import svg
+from milkglass.charts import svg
 from milkglass.figures import Chart, Points, chart, number
 
 RANKS: Final = tuple(2**power for power in range(1, 11))

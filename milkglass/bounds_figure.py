@@ -1,4 +1,4 @@
-"""bounds.svg: gap, bounds and attacks against the number of training records. Words and look: `bounds.svg.jinja`.
+"""bounds.svg: gap, bounds and attacks against the number of training records. The look: `charts.svg.jinja`.
 
 Made from what bounds.json holds under `sizes`. The picture stands alone, brings its own paper, follows a dark screen,
 has no script and fetches nothing.
@@ -7,16 +7,12 @@ has no script and fetches nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
 from typing import Any, Final
 
-from jinja2 import Environment, StrictUndefined, Template
+from milkglass.charts import svg
+from milkglass.figures import Points, chart
 
-from milkglass.figures import BOTTOM, LEFT, RIGHT, WIDTH, Points, chart
-
-APART: Final = 40.0  # SVG units between the two charts, and of the paper around them
-LINE: Final = 20.0  # of the legend
+_WORDS: Final = "Bounds are lower bounds: what some attacker surely can do. A small gap does not certify privacy."
 
 
 def picture(sizes: Sequence[Mapping[str, Any]]) -> str:
@@ -45,22 +41,4 @@ def picture(sizes: Sequence[Mapping[str, Any]]) -> str:
             foot=0.5,
         ),
     ]
-    charts = [each for each in drawn if each is not None]
-    lines = max(len(each.lines) for each in charts)
-    return _template().render(
-        charts=charts,
-        width=len(charts) * (WIDTH + APART) + APART,
-        height=BOTTOM + 2 * APART + 70 + LINE * lines,
-        step=WIDTH + APART,
-        edge=APART,
-        line=LINE,
-        left=LEFT,
-        right=RIGHT,
-        bottom=BOTTOM,
-    )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("milkglass").joinpath("bounds.svg.jinja").read_text("utf-8"))
+    return svg([each for each in drawn if each is not None], _WORDS)

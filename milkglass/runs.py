@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from milkglass.errors import HijackError, RunError
+from milkglass.errors import HijackError, RunError, first_line
 from milkglass.recipe import Recipe, first_difference, load_recipe
 
 _VERSIONED = ("milkglass", "torch", "numpy", "scipy", "scikit-learn")
@@ -218,6 +218,14 @@ class RunFolder:
         files = sorted(newest.glob("*.safetensors"))
         parties = {file.name.removesuffix(".safetensors"): self.read_tensors(f"{name}/{file.name}") for file in files}
         return Checkpoint(int(newest.name), parties, self.read_json(f"{name}/progress.json"))
+
+
+def damaged(checkpoint: Checkpoint, error: Exception) -> RunError:
+    """What to raise where a checkpoint cannot be gone on from, and why."""
+    return RunError(
+        f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({first_line(error)}); "
+        "remove the checkpoint folder to begin anew"
+    )
 
 
 def _files_in(path: Path) -> bool:

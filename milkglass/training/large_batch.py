@@ -38,12 +38,12 @@ from torch.nn import functional as F
 from milkglass.client import StepResult
 from milkglass.cuts import flops_per_sample
 from milkglass.data import Deal
-from milkglass.errors import DataError, MilkglassError, RecipeError, RunError, first_line
+from milkglass.errors import DataError, MilkglassError, RecipeError, RunError
 from milkglass.networks import build
 from milkglass.parties import Party
 from milkglass.randomness import Source, drawing_from, public_source, rehearsal_source
 from milkglass.recipe import Recipe
-from milkglass.runs import Checkpoint, RunFolder
+from milkglass.runs import Checkpoint, RunFolder, damaged
 from milkglass.training.averaging import average_buffers
 from milkglass.training.inputs import RECORDS, told
 from milkglass.training.parallel_ways import Way, way_of
@@ -329,10 +329,7 @@ def _restore(training: _Training, folder: RunFolder) -> tuple[list[dict[str, Any
         training.way.lines.extend(checkpoint.progress["exchange"])
         lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({first_line(error)}); "
-            "remove the checkpoint folder to begin anew"
-        ) from None
+        raise damaged(checkpoint, error) from None
     return lines, TcpTraffic(*state["traffic"].tolist()) if "traffic" in state else None
 
 

@@ -20,11 +20,11 @@ from milkglass.compression.base import Identity
 from milkglass.cuts import Caution
 from milkglass.data import Deal
 from milkglass.desk import Desk
-from milkglass.errors import EgressError, HijackError, RunError, first_line
+from milkglass.errors import EgressError, HijackError
 from milkglass.messages import Responder
 from milkglass.randomness import Source, public_source, rehearsal_source
 from milkglass.recipe import Recipe
-from milkglass.runs import ALARM, Checkpoint, RunFolder
+from milkglass.runs import ALARM, Checkpoint, RunFolder, damaged
 from milkglass.server import Server
 from milkglass.training.evaluate import Evaluation, evaluate
 from milkglass.training.inputs import RECORDS, told
@@ -385,8 +385,5 @@ def _restore(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             desk.load_state(checkpoint.parties[name])
         lines: list[dict[str, Any]] = checkpoint.progress["metrics"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"checkpoint of epoch {checkpoint.number}: damaged or half-written ({first_line(error)}); "
-            "remove the checkpoint folder to begin anew"
-        ) from None
+        raise damaged(checkpoint, error) from None
     return lines

@@ -34,4 +34,4 @@ def svg(charts: Sequence[Chart], words: str) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("benchmarks").joinpath("charts.svg.jinja").read_text("utf-8"))
+    return environment.from_string(resources.files("milkglass").joinpath("charts.svg.jinja").read_text("utf-8"))
