@@ -202,7 +202,8 @@ class Network:
             bottom = load_file(folder / "bottom.safetensors")
             weights[name] = bottom | {f"head.{key}": tensor for key, tensor in head.items()}
             metrics[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            (state,) = folder.glob(f"checkpoint/*/{name}.safetensors")
+            # an older one stays where a kill came between the newest one's last file and its removal
+            state = max(folder.glob(f"checkpoint/*/{name}.safetensors"), key=lambda file: int(file.parent.name))
             states[name] = load_file(state)
         return Ended(weights, states, metrics, summaries)
 
