@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from milkglass.cli_authority import collab_authority
 from milkglass.cli_bounds import bounds
+from milkglass.cli_collaboration import collab
+from milkglass.cli_collaboration_audit import audit_of_collaboration
 from milkglass.cli_frontier import frontier
 from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
 from milkglass.errors import MilkglassError, StopError
@@ -192,6 +195,7 @@ def audit(
     Exit code 0: within the budget, or none set. 3: over it. 4: inconclusive, the attacks failed their own controls.
     """
     from milkglass.audit_files import Plan, audit_recorded, audit_run, where_recorded
+    from milkglass.collaboration_audit import is_collaboration
     from milkglass.progress import AuditProgress, TrainingProgress
     from milkglass.verdict import parse_budget
 
@@ -211,6 +215,9 @@ def audit(
         found, content = audit_recorded(recorded, plan, out=out, watching=AuditProgress)
     else:
         assert run is not None  # where_recorded refuses that
+        if is_collaboration(run):
+            verdict = audit_of_collaboration(run, plan, reference=reference, out=out)
+            raise typer.Exit(EXIT_BY_VERDICT[verdict])
         found, content = audit_run(
             run, plan, reference=reference, out=out, training=TrainingProgress, watching=AuditProgress
         )
@@ -310,7 +317,7 @@ def report(
     print(page)
 
 
-for command in (bounds, frontier, certs, serve, join, predict):
+for command in (bounds, frontier, certs, serve, join, predict, collab, collab_authority):
     app.command()(command)
 
 

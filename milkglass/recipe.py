@@ -15,6 +15,7 @@ from typing import Any, Final, Self, final
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from milkglass.collaboration_section import Collaboration
 from milkglass.defense_sections import Defense, Section
 from milkglass.errors import RecipeError, nearest
 from milkglass.parallel_section import Parallel
@@ -53,6 +54,7 @@ class Recipe(Section):
     parties: Parties = Field(default_factory=Parties)
     wire: Wire = Field(default_factory=Wire)
     parallel: Parallel = Field(default_factory=Parallel)
+    collaboration: Collaboration = Field(default_factory=Collaboration)
     client: ClientSection = Field(default_factory=ClientSection)
     server: ServerSection = Field(default_factory=ServerSection)
     attacker: Attacker = Field(default_factory=Attacker)
@@ -95,7 +97,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _cut_or_parallel(self) -> Self:
-        if not self.parties.is_data_parallel:
+        if self.parties.is_split:
             if not self.cut.at:
                 raise ValueError("'cut.at' is missing")
             return self
@@ -113,7 +115,7 @@ class Recipe(Section):
             ("training.drop_last_batch = false", not self.training.drop_last_batch),
         ):
             if given:
-                raise ValueError(f"{name} does not go with parties.mode data_parallel, where nothing is split")
+                raise ValueError(f"{name} does not go with parties.mode {self.parties.mode}, where nothing is split")
         if self.parallel.momentum_correction and (self.training.optimizer != "sgd" or not self.training.momentum):
             raise ValueError(
                 "parallel.momentum_correction is training.momentum, moved before the choice of gradients; expected "
@@ -184,6 +186,10 @@ class Recipe(Section):
             del agreed["wire"]
         if not self.parties.is_data_parallel:
             del agreed["parallel"]  # how a server's own processes work together
+        if not self.parties.is_collaboration:
+            del agreed["collaboration"]
+        else:  # how much a volunteer computes at a time, and with what, is its own business
+            del agreed["threads"], agreed["training"]["batch_size"], agreed["training"]["epochs"]
         return agreed
 
     def digest(self) -> str:

@@ -69,6 +69,11 @@ def _raw(run: RunResults) -> Row:
     return Row(label, detail, "1", run.pictures["records"])
 
 
+def _exposed(exposure: str) -> str:
+    """An exposure in words; contributions to an open collaboration are in words already."""
+    return exposure if exposure.startswith("contribution") else f"{exposure} records"
+
+
 def attack_strip(run: RunResults) -> list[Row]:
     """Rows of a run's records, of what each attack rebuilt, best first, and of the entitled baseline.
 
@@ -77,7 +82,7 @@ def attack_strip(run: RunResults) -> list[Row]:
     if run.audit is None or "records" not in run.pictures:
         return []
     rows = [_raw(run)]
-    rows += [Row(k.name, f"{k.exposure} records", number(k.peek), run.pictures[k.name]) for k in _shown(run)]
+    rows += [Row(k.name, _exposed(k.exposure), number(k.peek), run.pictures[k.name]) for k in _shown(run)]
     if "entitled" in run.pictures:
         rows.append(Row("entitled baseline", run.baseline.row, "0", run.pictures["entitled"]))
     return rows
@@ -133,10 +138,9 @@ def _bars(audit: AuditFigures, baseline: Baseline) -> figures.Bars | None:
 
 
 def _epoch_charts(results: Sequence[RunResults]) -> list[figures.Chart]:
-    def chart(title: str, unit: str, value: Callable[[Epoch], float]) -> figures.Chart | None:
-        return figures.chart(
-            title, unit, {run.name: [(e.epoch, value(e)) for e in run.epochs] for run in results if run.epochs}
-        )
+    def chart(title: str, unit: str, value: Callable[[Epoch], float | None]) -> figures.Chart | None:
+        lines = {run.name: [(e.epoch, y) for e in run.epochs if (y := value(e)) is not None] for run in results}
+        return figures.chart(title, unit, {name: points for name, points in lines.items() if points})
 
     charts = (
         chart("Loss", "in training; lower = a closer fit", lambda e: e.loss),
@@ -144,7 +148,7 @@ def _epoch_charts(results: Sequence[RunResults]) -> list[figures.Chart]:
         chart(
             "Distance correlation",
             "squared, unbiased",
-            lambda e: math.nan if e.distance_correlation is None else e.distance_correlation.squared_unbiased,
+            lambda e: None if e.distance_correlation is None else e.distance_correlation.squared_unbiased,
         ),
     )
     return [drawn for drawn in charts if drawn]
@@ -193,7 +197,7 @@ def exchange_charts(run: RunResults) -> list[figures.Chart]:
 @cache
 def _page() -> Template:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(number=number, png=figures.png_base64)
+    page.filters.update(number=number, png=figures.png_base64, exposed=_exposed)
     return page.from_string(resources.files("milkglass").joinpath("report.html.jinja").read_text("utf-8"))
 
 

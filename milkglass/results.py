@@ -14,7 +14,7 @@ from typing import Final, Literal, TypeVar
 
 import numpy as np
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 
 from milkglass.errors import RunError
@@ -39,8 +39,8 @@ class Epoch(_File):
 
     epoch: int
     loss: float
-    accuracy: float
-    distance_correlation: DistanceCorrelation | None  # data-parallel training has no cut to measure it at
+    accuracy: float | None = Field(None, validation_alias=AliasChoices("accuracy", "test_accuracy"))  # volunteers
+    distance_correlation: DistanceCorrelation | None = None  # where nothing is split there is no cut to measure it at
 
 
 class ExchangeLine(_File):
@@ -72,7 +72,7 @@ class Wire(_File):
 class Summary(_File):
     """`summary.json`. Accuracy is 0..1 on test records; bytes are counted at the client's side, or those of all ranks.
 
-    exchange, ranks: of data-parallel training. Its bytes are None where the system does not count them.
+    exchange, ranks: of data-parallel training; its bytes are None where they are not counted. samples: a volunteer's.
     """
 
     accuracy: float
@@ -82,12 +82,13 @@ class Summary(_File):
     messages: int
     seconds: float
     seconds_per_epoch: float
-    client_flops_per_sample: float
+    client_flops_per_sample: float | None = None
     seed: int
     defense: str
     keys: str
     wire: tuple[Wire, ...]
-    records: dict[str, int | dict[str, int]]  # training records are counted by client
+    records: dict[str, int | dict[str, int]] = {}  # training records are counted by client
+    samples: int | None = None
     exchange: str | None = None
     ranks: int | None = None
 
@@ -216,6 +217,7 @@ class AuditFigures(_File):
     error_entitled: float
     controls: dict[str, Control]
     attacks: tuple[AttackFigures, ...]
+    contributions: tuple[int, ...] = ()  # to an open collaboration: of how many records
     inferences: tuple[Inference, ...] = ()
     bounds: tuple[BoundFigures, ...] = ()
     certificate: CertificateFigures | None = None
@@ -295,6 +297,11 @@ class RunResults:
         return self.audit is not None and self.audit.activations is not None
 
     @property
+    def is_collaboration(self) -> bool:
+        """Whether it is of a volunteer in an open collaboration."""
+        return self.summary.samples is not None if self.summary else bool(self.audit and self.audit.contributions)
+
+    @property
     def defense(self) -> str | None:
         """The defense, "none" where there was none, or None where that is not known."""
         return self.summary.defense if self.summary else self.audit.defense if self.audit else None
@@ -307,6 +314,8 @@ class RunResults:
     @property
     def baseline(self) -> Baseline:
         """Beside recorded arrays there may be no entitled values: then all baseline pictures are the mean record."""
+        if self.is_collaboration:
+            return MEAN_RECORD
         if not self.is_recorded:
             return ANSWER
         entitled = self.pictures.get("entitled")

@@ -99,10 +99,10 @@ class RunFolder:
         needed: the files that must be there; by default those of a run in one process.
         """
         folder = cls(path, _read_recipe(path))
-        if folder.recipe.parties.is_data_parallel:
+        if not folder.recipe.parties.is_split:
             raise RunError(
-                f"run folder {path}: its parties.mode is data_parallel: nothing was split there, and nothing crossed a "
-                "cut; expected a run of split training"
+                f"run folder {path}: its parties.mode is {folder.recipe.parties.mode}: nothing was split there, "
+                "and nothing crossed a cut; expected a run of split training"
             )
         missing = [name for name in needed or FINISHED if not (path / name).is_file()]
         if missing:

@@ -23,7 +23,8 @@ class Data(Section):
     name: str | None = Field(None, description="An embedded data set: `digits` (1,797 grey 8x8 pictures).")
     path: str | None = Field(
         None,
-        description="A `.npz` or parquet file, or a folder of pictures, a subfolder a class; relative to the recipe.",
+        description="A `.npz` or parquet file, or a folder of pictures, a subfolder a class; for the network `albert` "
+        "a text, `.txt` in UTF-8. Relative to the recipe.",
     )
     hub: str | None = Field(
         None, description="A data set on the Hugging Face hub, `owner/name`. Only this one touches the network."
@@ -82,9 +83,15 @@ class Data(Section):
 class Network(Section):
     """Which network."""
 
-    name: str = Field(description="`mlp`, `cnn`, `resnet`, or a factory of your own as `package.module:function`.")
+    name: str = Field(
+        description="`mlp`, `cnn`, `resnet`, or a factory of your own as `package.module:function`. With "
+        "`parties.mode` collaboration also `albert`, which guesses masked tokens of a text."
+    )
     settings: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments of the network's factory, such as `{ width = 16 }`."
+        default_factory=dict,
+        description="Keyword arguments of the network's factory, such as `{ width = 16 }`. Of `albert`: `size` "
+        "(`tiny`, `small`, `base`), and over it `hidden`, `layers`, `heads`, `embedding`, `length`, `vocabulary`, "
+        "`dropout`.",
     )
     start: str | None = Field(
         None,
@@ -100,7 +107,7 @@ class Cut(Section):
     at: str = Field(
         "",
         description="The name of the client's last layer; `milkglass cuts` lists them with their costs. Required, but "
-        "with `parties.mode` data_parallel, where nothing is cut.",
+        "with `parties.mode` data_parallel or collaboration, where nothing is cut.",
     )
     hops: tuple[str, ...] = Field(
         (),
@@ -177,7 +184,7 @@ class Training(Section):
     drop_last_batch: bool = Field(True, description="Leave out the last, shorter batch of an epoch in training.")
 
 
-Mode = Literal["relay", "splitfed1", "splitfed2", "vertical", "data_parallel"]
+Mode = Literal["relay", "splitfed1", "splitfed2", "vertical", "data_parallel", "collaboration"]
 
 
 @final
@@ -223,7 +230,8 @@ class Parties(Section):
         description="How several clients train. `relay`: in turn, weights handed on. `splitfed1`: in parallel, a server"
         " stage for each, all averaged after an epoch. `splitfed2`: in parallel, one server stage. `vertical`: owners"
         " of different columns of the same records; the first one holds the labels. `data_parallel`: nothing is split;"
-        " one owner's processes, under torchrun, train the whole network together (`parallel`).",
+        " one owner's processes, under torchrun, train the whole network together (`parallel`). `collaboration`:"
+        " nothing is split; volunteers train it together (`collaboration`, `milkglass collab`).",
     )
     vertical: Vertical = Field(default_factory=Vertical)
 
@@ -236,6 +244,16 @@ class Parties(Section):
     def is_data_parallel(self) -> bool:
         """Whether one owner's processes train the whole network together."""
         return self.mode == "data_parallel"
+
+    @property
+    def is_collaboration(self) -> bool:
+        """Whether volunteers train the whole network together."""
+        return self.mode == "collaboration"
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the network is cut between parties."""
+        return not (self.is_data_parallel or self.is_collaboration)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -45,6 +45,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
         *("client", "server", "desk", "sharding", "certificates", "cuts", "compression"),
         *("memory", "transports", "transports.wrappers", "runs", "data", "networks", "recipe"),
     ),
+    "collaboration": ("training", "parties", "compression", "cuts", "runs", "recipe", "networks"),
     "attacks": ("transcript", "messages", "leakage", "networks"),
     "hop": ("server", "messages", "transports.base"),
     "sharding": ("rank_links", "server"),
@@ -80,7 +81,8 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "figures": (),
     "records": (),
     "networks": (),
-    "recipe": ("sections", "parallel_section"),
+    "recipe": ("sections", "parallel_section", "collaboration_section"),
+    "collaboration_section": ("defense_sections",),
     "parallel_section": ("defense_sections",),
     "sections": ("defense_sections",),
     "defense_sections": (),
@@ -89,7 +91,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
 }
 OPEN_TO_ALL = {"errors", "randomness"}
 # The command line may use every room; the public names are loaded from where they lie.
-ABOVE_ALL = {"cli", "cli_bounds", "cli_frontier", "cli_network", "__main__", ""}
+ABOVE_ALL = {"cli", "cli_authority", "cli_collaboration", "cli_bounds", "cli_frontier", "cli_network", "__main__", ""}
 ABOVE_ATTACKS = {"parties", "client", "client_batch", "server", "desk", "training", "replay"}
 NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transports.wrappers"}}
 
@@ -97,7 +99,7 @@ NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transport
 def allowed(room: str) -> set[str]:
     """The rooms that this one may import."""
     if room in ABOVE_ALL:
-        return {*GRAPH, "cli", "cli_bounds", "cli_frontier", "cli_network"}
+        return {*GRAPH, "cli", "cli_authority", "cli_collaboration", "cli_bounds", "cli_frontier", "cli_network"}
     reached: set[str] = set()
     waiting = [room]
     while waiting:

@@ -75,10 +75,11 @@ def network_parts(
 
     owner: with the owner's settings. chosen: the defenses that are to keep hold of their ends; by default new ones.
     """
-    if recipe.parties.is_data_parallel:
+    if not recipe.parties.is_split:
+        command = "collab" if recipe.parties.is_collaboration else "train"
         raise RecipeError(
-            "parties.mode is data_parallel, where nothing is split; `milkglass train` alone runs such a recipe: "
-            "expected another mode, and cut.at"
+            f"parties.mode is {recipe.parties.mode}, where nothing is split; `milkglass {command}` alone runs such a "
+            "recipe: expected another mode, and cut.at"
         )
     network = recipe.network
     settings = {**network.settings, **recipe.parties.vertical.owner_settings} if owner else network.settings

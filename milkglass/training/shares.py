@@ -133,7 +133,7 @@ def _deal(recipe: Recipe, raw: tuple[RawRecords, RawRecords | None], own: str | 
     data = recipe.data
     vertical = recipe.parties.is_vertical
     for share in ("auxiliary_share", "validation_share"):
-        needless = recipe.client.own_records or recipe.parties.is_data_parallel  # of who is not attacked
+        needless = recipe.client.own_records or not recipe.parties.is_split  # of who is not attacked
         if getattr(recipe.attacker, share) == 0 and not needless:
             raise RecipeError(
                 f"attacker.{share} is 0; expected more than 0, or a client's own file (client.own_records = true)"

@@ -1,0 +1,244 @@
+"""One volunteer from start to end: what `milkglass collab` does.
+
+The run folder holds the recipe, a line per epoch in metrics.jsonl, and at the end the network and the summary. A
+volunteer that keeps checkpoints tests the network as well: any may, the run needs none that must.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+
+from milkglass.collaboration.admission import Admission, OpenDoor
+from milkglass.collaboration.contribution import Gradients
+from milkglass.collaboration.engine import P2P
+from milkglass.collaboration.identity import Identity, new_identity
+from milkglass.collaboration.replica import Replica
+from milkglass.collaboration.session import Agreed, Place, connected
+from milkglass.collaboration.tasks import Task, task_of
+from milkglass.collaboration.token_admission import TokenAdmission, read_pass
+from milkglass.collaboration.volunteer import Volunteer
+from milkglass.errors import RecipeError, RunError
+from milkglass.parties import Party
+from milkglass.randomness import Source
+from milkglass.recipe import Recipe
+from milkglass.runs import Checkpoint, RunFolder, damaged
+from milkglass.training.setup import optimizer, rate
+from milkglass.training.split import computing_with
+
+NETWORK: Final = "network.safetensors"
+_MOST_RESTARTS: Final = 3
+_LINGER_SECONDS: Final = 1.0
+_STATE: Final = "volunteer"
+
+
+@final
+@dataclass(frozen=True)
+class Membership:
+    """Who a volunteer is, and by what right. renew, keep_renewing: of its token, given the daemon; None: no need."""
+
+    identity: Identity
+    admission: Admission
+    addresses: tuple[str, ...] = ()
+    renew: Callable[[P2P], Awaitable[None]] | None = None
+    keep_renewing: Callable[[P2P], Awaitable[None]] | None = None
+    withdrawn: Callable[[], str | None] = lambda: None
+
+
+def membership(folder: Path | None, run: str) -> Membership:
+    """By the folder that an authority gave out; None: the door is open, and the key is new."""
+    if folder is None:
+        return Membership(new_identity(), OpenDoor())
+    own = read_pass(folder)
+    admission = TokenAdmission(own, run)
+    return Membership(
+        own.identity,
+        admission,
+        own.addresses,
+        admission.renew,
+        admission.keep_renewing,
+        lambda: admission.withdrawn,
+    )
+
+
+@final
+class Diary:
+    """What a volunteer writes into its run folder. checkpoints: keep states and test them, now and then."""
+
+    def __init__(
+        self, folder: RunFolder, task: Task, replica: Replica, note: Callable[[str], None], *, checkpoints: bool
+    ):
+        self._folder, self._task, self._replica, self._note, self._checkpoints = (
+            folder,
+            task,
+            replica,
+            note,
+            checkpoints,
+        )
+        self._seconds = folder.recipe.client.checkpoint_seconds
+        self._kept_at = time.monotonic()
+        self.lines: list[dict[str, Any]] = []
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, where there is one."""
+        checkpoint = self._folder.load_checkpoint()
+        if checkpoint is None:
+            return
+        try:
+            content = checkpoint.parties[_STATE]["state"].numpy().tobytes()
+            self.lines = checkpoint.progress["metrics"]
+            self._replica.load(content)
+        except Exception as error:
+            raise damaged(checkpoint, error) from None
+
+    def epoch(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Note an epoch; what was tested is in the line that comes back."""
+        due = self._checkpoints and time.monotonic() - self._kept_at >= self._seconds
+        if due:
+            line = line | {f"test_{name}": value for name, value in self._task.test().items()}
+        self.lines.append(line)
+        try:
+            self._folder.write_metrics(self.lines)
+            if due:
+                self._keep()
+        except RunError as error:  # a full disk, say: the others need this volunteer's work all the same
+            self._checkpoints = False
+            self._note(f"{error}; going on without checkpoints")
+        return line
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """The network and the summary. Raises RunError where they cannot be written."""
+        self._folder.write_metrics(self.lines)
+        self._folder.write_tensors(NETWORK, self._task.network.state_dict())
+        tested = self._task.test()
+        content = {"accuracy": tested["accuracy"], "test": tested, **summary}
+        self._folder.write_json("summary.json", content)
+        return content
+
+    def _keep(self) -> None:
+        version, content = self._replica.save()
+        state = {"state": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+        self._folder.save_checkpoint(Checkpoint(version.epoch, {_STATE: state}, {"metrics": self.lines}))
+        self._kept_at = time.monotonic()
+
+
+def collaborate(
+    recipe: Recipe,
+    out: Path,
+    place: Place,
+    *,
+    pass_folder: Path | None = None,
+    key: Source | None = None,
+    checkpoints: bool = False,
+    resume: bool = False,
+    ready: Callable[[list[str]], None],
+    told: Callable[[dict[str, Any]], None],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Take part in a run to its end; what summary.json holds.
+
+    pass_folder: from the authority. key: private: order of records and dropout; None: a new one. ready: is given the
+    addresses, once others can come. told: a line for each epoch. note: a sentence now and then.
+
+    Raises MilkglassError, one line.
+    """
+    if not recipe.parties.is_collaboration:
+        raise RecipeError(f"parties.mode is {recipe.parties.mode!r}; `milkglass collab` needs 'collaboration'")
+    own = membership(pass_folder, recipe.collaboration.run)
+    place = replace(place, peers=(*place.peers, *own.addresses))
+    with computing_with(recipe.threads):
+        task = task_of(recipe)
+        source = key or Source(os.urandom(32))
+        party = Party(task.network, optimizer(recipe, task.network), source, rate=rate(recipe))
+        section = recipe.collaboration
+        digest = hashlib.sha256(f"{recipe.digest()} {task.agreement}".encode()).digest()
+        replica = Replica(party, digest, robust=section.robust)
+        gradients = Gradients(
+            task,
+            replica,
+            source,
+            recipe.training.batch_size,
+            density=section.density if section.compress == "gaussian_k" else None,
+            mixed=section.precision == "bfloat16",
+        )
+        folder = (RunFolder.resume if resume else RunFolder.create)(out, recipe, task.digest)
+        with folder.locked():
+            diary = Diary(folder, task, replica, note, checkpoints=checkpoints)
+            if resume:
+                diary.resume()
+            volunteer = Volunteer(
+                replica,
+                gradients,
+                place,
+                digest,
+                section.epochs,
+                told=lambda line: told(diary.epoch(line)),
+                note=note,
+                withdrawn=own.withdrawn,
+            )
+            agreed = Agreed(recipe, task.agreement, digest)
+            session = _to_the_end(agreed, own, replica, place, volunteer, ready, note)
+            return diary.finish(_summary(recipe, volunteer, session))
+
+
+def _to_the_end(
+    agreed: Agreed,
+    own: Membership,
+    replica: Replica,
+    place: Place,
+    volunteer: Volunteer,
+    ready: Callable[[list[str]], None],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train, in a new session where the daemon of the old one has died; what the sessions sent in all."""
+    known, restarts, sent = place.peers, 0, 0
+    while True:
+        here = replace(place, peers=known)
+        with connected(agreed, own.identity, own.admission, replica, here, volunteer.report, own.renew) as session:
+            if own.keep_renewing is not None:
+                session.node.begin(own.keep_renewing(session.node.p2p))  # type: ignore[arg-type]
+            ready(session.node.addresses)
+            try:
+                volunteer.train(session)
+                if session.others:
+                    time.sleep(_LINGER_SECONDS)  # the last averaging may still be under way at others
+                return {"state_bytes_sent": sent + session.states.bytes_sent, "daemon_restarts": restarts}
+            except ConnectionError:
+                restarts, sent = restarts + 1, sent + session.states.bytes_sent
+                if session.node.alive or restarts > _MOST_RESTARTS:
+                    raise
+                known = tuple(dict.fromkeys([*place.peers, *session.known]))
+        note("the peer-to-peer daemon has ended; starting another, to go on where it was")
+
+
+def _summary(recipe: Recipe, volunteer: Volunteer, session: dict[str, Any]) -> dict[str, Any]:
+    tally = volunteer.tally
+    return {
+        "epochs": recipe.collaboration.epochs,
+        "distance_correlation": None,
+        "defense": "none",
+        "samples": tally.samples,
+        "wasted_samples": tally.wasted,
+        "failed_averagings": tally.failed_rounds,
+        "state_downloads": tally.downloads,
+        "bytes_sent": tally.bytes_sent,
+        "bytes_received": tally.bytes_received,
+        **session,
+        "messages": 0,
+        "wire": [],
+        "seconds": sum(line["seconds"] for line in tally.lines),
+        "seconds_per_epoch": sum(line["seconds"] for line in tally.lines) / max(len(tally.lines), 1),
+        "certificate": None,
+        "seed": recipe.seed,
+        "keys": "the volunteer's own key",
+        "cautions": ["gradients go to strangers: private data do not belong into an open collaboration"],
+        "recipe_digest": recipe.digest(),
+        "state": volunteer.report().states[-1][1].hex(),
+    }

@@ -1,0 +1,176 @@
+"""Robust mode: a part comes back from two reducers. Where they agree, it is so; where not, everybody looks for himself.
+
+Clipping at honest reducers is no defense against a reducer that lies: it may return anything for its part. So every
+part is reduced by two, and the average is a function of the contributions alone, to the last bit. Where the two differ,
+or one says nothing, or both say something that no average around the last one can be (`is_plausible`), the signed
+contributions are fetched from both, and the average is computed here:
+- who signed two contributions to one part, one for each reducer, is left out and caught;
+- a contribution that only one of them shows counts: nobody can tell who withheld it;
+- whose average does not follow from the contributions that he shows is caught.
+
+So the true average is used at once, and nobody need be believed. Two reducers of one part that both lie alike are found
+where their lie is large; a small one moves the part by no more than clipping would have let them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+
+from milkglass.collaboration.admission import Admission
+from milkglass.collaboration.centered_clipping import is_plausible
+from milkglass.collaboration.duty import Average, Contribution, digest_of, share_from
+from milkglass.collaboration.engine import P2PContext, runtime_pb2
+from milkglass.collaboration.reduction import PURPOSE, Outcome, Reductions, Round, RoundFailedError, outcome
+from milkglass.collaboration.sealed import unseal
+from milkglass.errors import MessageError
+
+_EVIDENCE_SECONDS: Final = 30.0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a reducer showed of the contributions to a part: by contributor."""
+
+    contributions: Mapping[int, Contribution]
+
+
+@final
+class Disputes:
+    """Settles what reducers differ about. service: for calls to others. admission: whose signatures count."""
+
+    def __init__(self, reductions: Reductions, admission: Admission, service: Any) -> None:
+        self._reductions, self._admission, self._service = reductions, admission, service
+
+    async def settle(self, begun: Round, averages: Sequence[Sequence[Average | None]]) -> Outcome:
+        """The outcome of a round in which each part came back twice. Raises RoundFailedError."""
+        agreed: dict[int, Average] = {}
+        caught: set[int] = set()
+        for number, answers in enumerate(averages):
+            first = answers[0]
+            if (
+                first is not None
+                and all(_same(first, other) for other in answers)
+                and self._plausible(begun, number, first)
+            ):
+                agreed[number] = first
+                continue
+            average, liars = await self._look(begun, number, answers)
+            caught |= liars
+            if average is not None:
+                agreed[number] = average
+        peers = frozenset(begun.group.members[index].peer_id for index in caught - {begun.own})
+        try:
+            return outcome(begun, agreed, peers)
+        except RoundFailedError as error:
+            raise RoundFailedError(str(error), peers) from None
+
+    def _plausible(self, begun: Round, number: int, average: Average) -> bool:
+        """Whether clipping can have come to that; where we have nothing to compare it with, yes."""
+        part, center_D = begun.parts[number], begun.averaging.center_D
+        if begun.own_D is None:
+            return True
+        span = slice(part.start, part.stop)
+        return is_plausible(average.value_D, None if center_D is None else center_D[span], begun.own_D[span])
+
+    async def _look(
+        self, begun: Round, number: int, answers: Sequence[Average | None]
+    ) -> tuple[Average | None, set[int]]:
+        """The average that the contributions come to, and who lied. None where nobody shows any."""
+        part = begun.parts[number]
+        shown = await asyncio.gather(*[self._shown(begun, number, reducer) for reducer in part.reducers])
+        everything, liars = united([each for each in shown if each is not None])
+        averaging = begun.averaging
+        for reducer, answer, each in zip(part.reducers, answers, shown, strict=True):
+            if answer is None or each is None:
+                continue  # whoever is gone has not lied
+            try:
+                follows = _same(averaging.of(each.contributions, part.start, part.stop), answer)
+            except MessageError:
+                follows = False
+            if not follows:
+                liars.add(reducer)
+        try:
+            return averaging.of(everything, part.start, part.stop), liars
+        except MessageError:
+            return None, liars
+
+    async def _shown(self, begun: Round, number: int, reducer: int) -> Shown | None:
+        """The contributions that a reducer shows, each checked against its contributor's signature."""
+        if reducer == begun.own:
+            return Shown(begun.duties[number].contributions[0])
+        question = json.dumps({"round": begun.group.round_id.hex(), "part": number})
+        contributions: dict[int, Contribution] = {}
+        try:
+            answers = await self._service.stub(begun.group.members[reducer].peer_id).rpc_evidence(
+                runtime_pb2.ExpertRequest(uid=question)
+            )
+            async with asyncio.timeout(_EVIDENCE_SECONDS):
+                async for answer in answers:
+                    begun.received += answer.ByteSize()
+                    index, contribution = self._checked(begun, number, answer)
+                    contributions[index] = contribution
+        except asyncio.CancelledError:
+            raise
+        except MessageError:
+            return Shown({})  # it shows what nobody signed: nothing follows from that
+        except Exception:  # it is gone
+            return None
+        return Shown(contributions)
+
+    def _checked(self, begun: Round, number: int, answer: runtime_pb2.ExpertResponse) -> tuple[int, Contribution]:
+        part, members = begun.parts[number], begun.group.members
+        index = int.from_bytes(answer.metadata[:2], "big")
+        sealed = answer.metadata[2:]
+        if index >= len(members):
+            raise MessageError("a contribution of somebody who is not of the group")
+        content = unseal(sealed, members[index].peer_id, PURPOSE, self._admission)
+        share = share_from(content, sealed)
+        packed = tuple(answer.tensors)
+        if (content.get("round"), content.get("part")) != (begun.group.round_id.hex(), number):
+            raise MessageError("a contribution to something else")
+        if digest_of(packed) != share.digest:
+            raise MessageError("a contribution that was not signed so")
+        return index, Contribution(share, begun.averaging.read(packed, part.start, part.stop), packed)
+
+    async def show(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """A member of the round asks what contributions we have averaged."""
+        try:
+            asked = json.loads(request.uid)
+            begun = self._reductions.rounds[bytes.fromhex(asked["round"])]
+            duty = begun.duties[int(asked["part"])]
+        except (KeyError, TypeError, ValueError):
+            return
+        if begun.group.index(context.remote_id.to_bytes()) is None or not begun.averaging.robust:
+            return
+        for index, each in sorted(duty.contributions[0].items()):
+            metadata = index.to_bytes(2, "big") + each.share.sealed
+            yield runtime_pb2.ExpertResponse(metadata=metadata, tensors=each.packed)
+
+
+def united(shown: Sequence[Shown]) -> tuple[dict[int, Contribution], set[int]]:
+    """All contributions that reducers show, and those who signed two different ones to the same part."""
+    everything: dict[int, Contribution] = {}
+    liars: set[int] = set()
+    for each in shown:
+        for index, contribution in each.contributions.items():
+            known = everything.setdefault(index, contribution)
+            if _word(known) != _word(contribution):
+                liars.add(index)
+    return {index: each for index, each in everything.items() if index not in liars}, liars
+
+
+def _word(contribution: Contribution) -> tuple[int, float, str]:
+    return contribution.share.samples, contribution.share.loss, contribution.share.digest
+
+
+def _same(one: Average, other: Average | None) -> bool:
+    return other is not None and one.included == other.included and torch.equal(one.value_D, other.value_D)

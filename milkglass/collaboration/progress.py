@@ -1,0 +1,181 @@
+"""Where a run stands, from what volunteers say of themselves: nobody's word alone moves it.
+
+In DeDLOC (Diskin et al. 2021, arXiv 2106.10207) the epoch is the largest that any peer claims, so that one liar makes
+all others throw their work away; and a claim of records counts for what it says. Here
+
+- the epoch is what more than half of the others have reached, and no faster than the speed that they claim;
+- no claim of records, or of speed, counts for more than `cap` times the median of all (`weights.py`).
+
+Whoever owns more than half of the volunteers can still lie about both: admission is against that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, final
+
+from milkglass.collaboration.weights import cap_weights
+
+STALE_SECONDS: Final = 30.0
+"""What was said longer ago is not believed any more: whoever said it is gone."""
+_GOES_ON_SECONDS: Final = 1.0  # for so long a volunteer is taken to go on at its speed without saying so
+KEPT_STATES: Final = 16
+_FASTER: Final = 4.0  # the speed of a run may grow by so much between two looks at it
+_EPOCHS_AT_ONCE: Final = 2
+_CATCHING_UP: Final = 2  # so far behind is who steps just now, or takes over the state of the others
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """What a volunteer says of itself. samples: records added up since the last step. rate: records per second.
+
+    history: what steps have led to its weights. states: (epoch, SHA-256 of weights and optimizer), of the last few.
+    trains: it is no auxiliary. recipe: digest of what all agreed on. loss: mean over this epoch's records, or None.
+    """
+
+    epoch: int
+    samples: int
+    rate: float
+    time: float
+    reachable: bool
+    trains: bool
+    recipe: bytes
+    history: bytes
+    states: tuple[tuple[int, bytes], ...]
+    loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the DHT."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        return content | {"states": [list(each) for each in self.states]}
+
+
+def read_report(content: object, now: float) -> Report | None:
+    """The report in an entry of the DHT; None where it is none, or of another time."""
+    if not isinstance(content, dict) or set(content) != {field.name for field in fields(Report)}:
+        return None
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **{"epoch": int, "samples": int, "rate": float, "time": float, "reachable": bool, "trains": bool},
+        **{"recipe": bytes, "history": bytes, "states": list, "loss": (float, type(None))},
+    }
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        return None
+    if len(content["states"]) > KEPT_STATES or not all(map(_is_state, content["states"])):
+        return None
+    report = Report(**(content | {"states": tuple((epoch, state) for epoch, state in content["states"])}))
+    numbers = (report.rate, report.time, *(() if report.loss is None else (report.loss,)))
+    if not all(map(math.isfinite, numbers)) or min(report.epoch, report.samples, report.rate) < 0:
+        return None
+    return report if -STALE_SECONDS <= now - report.time <= STALE_SECONDS else None
+
+
+@final
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands.
+
+    epoch: steps that it has made. samples: records towards the next, as far as claims are believed. rate: of all,
+    records per second. peers: who is there, this one too. here: of those, who is at that epoch or a little
+    behind, and so may come to a group. history: that of most at that epoch, None where most differ.
+    """
+
+    epoch: int
+    samples: float
+    rate: float
+    peers: int
+    here: int
+    history: bytes | None
+    target: int
+
+    @property
+    def ready(self) -> bool:
+        """Whether the batch is full."""
+        return self.samples >= self.target
+
+    @property
+    def seconds_left(self) -> float:
+        """Until it is, at the present speed."""
+        if self.ready:
+            return 0.0
+        return math.inf if self.rate <= 0 else (self.target - self.samples) / self.rate
+
+
+@final
+class Pace:
+    """How fast a run can be, from what was seen of it. None was seen at first: then all is believed."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._epoch: int | None = None
+        self._rate = self._time = 0.0
+
+    def believable(self, epoch: int, now: float) -> int:
+        """The claimed epoch, or the last one that can have been reached by now."""
+        if self._epoch is None:
+            return epoch
+        possible = self._rate * _FASTER * (now - self._time) / self._target + _EPOCHS_AT_ONCE
+        return min(epoch, self._epoch + int(possible))
+
+    def seen(self, epoch: int, rate: float, now: float) -> None:
+        """A look at the run: its epoch, and the speed of all."""
+        if self._epoch is None or epoch > self._epoch or rate > self._rate:
+            self._epoch, self._rate, self._time = epoch, rate, now
+
+
+def judge(
+    own: Report, others: Mapping[bytes, Report], *, target: int, cap: float, pace: Pace | None = None
+) -> Progress:
+    """Where the run stands. others: by peer id, those of the same recipe, none of a newcomer (see `Board`)."""
+    epoch = max(own.epoch, _reached(list(others.values()), own.time, pace))
+    everyone = [own, *others.values()]
+    there = [report for report in everyone if report.epoch == epoch]
+    claims = cap_weights([_by_now(report, own.time) for report in there], cap)
+    rates = cap_weights([report.rate for report in everyone], cap)
+    if own.epoch == epoch:  # what it has itself it need not believe
+        claims[0] = float(own.samples)
+    progress = Progress(
+        epoch=epoch,
+        samples=sum(claims),
+        rate=sum(rates),
+        peers=len(everyone),
+        here=sum(report.epoch >= epoch - _CATCHING_UP for report in everyone),
+        history=_majority([report.history for report in there]),
+        target=target,
+    )
+    if pace is not None:
+        pace.seen(epoch, progress.rate, own.time)
+    return progress
+
+
+def agreed_state(reports: Iterable[Report], epoch: int) -> bytes | None:
+    """What more than half of those who were at that epoch, two at least, say that the state there hashes to."""
+    said = [state for report in reports for at, state in report.states if at == epoch]
+    return _majority(said) if len(said) > 1 else None
+
+
+def _is_state(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int) and isinstance(entry[1], bytes)
+
+
+def _by_now(report: Report, now: float) -> float:
+    """The records that a volunteer has added up, with those since it said so."""
+    return report.samples + report.rate * min(max(now - report.time, 0.0), _GOES_ON_SECONDS)
+
+
+def _reached(others: list[Report], now: float, pace: Pace | None) -> int:
+    """The epoch that more than half of the others have reached; 0 where there are none."""
+    if not others:
+        return 0
+    epochs = sorted((report.epoch for report in others), reverse=True)
+    epoch = epochs[len(others) // 2]
+    return epoch if pace is None else pace.believable(epoch, now)
+
+
+def _majority(values: list[bytes]) -> bytes | None:
+    """The value that more than half have."""
+    ((value, count),) = Counter(values).most_common(1) or [(b"", 0)]
+    return value if 2 * count > len(values) else None

@@ -1,0 +1,361 @@
+"""The butterfly all-reduce of one round: every volunteer reduces a part of the vector for all (DeDLOC, hivemind).
+
+Parts are as large as hivemind's linear program over bandwidths says. Differences from hivemind's all-reduce, which
+cannot be told so from outside:
+- what comes back is the average itself and not the difference to one's own, so that all hold the same bits;
+- a part that fails is asked for again in a new round, and never replaced by one's own gradients;
+- the weights are those that contributors claim, capped, and averages say of whom they are made;
+- robust mode: contributions are clipped (`centered_clipping.py`), and each part is reduced by two, one after the other
+  in the ring of those who can (`disputes.py` says what happens where they differ).
+
+Legend: D numbers of the vector, N members.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from milkglass.collaboration.admission import Admission
+from milkglass.collaboration.duty import Average, Averaging, Contribution, Duty, Share, digest_of, share_from
+from milkglass.collaboration.engine import P2PContext, load_balance_peers, runtime_pb2
+from milkglass.collaboration.group import Group
+from milkglass.collaboration.identity import short_name
+from milkglass.collaboration.node import Node
+from milkglass.collaboration.sealed import seal, unseal
+from milkglass.collaboration.wire_vector import pieces
+from milkglass.errors import MessageError, first_line
+
+PURPOSE: Final = "contribution"
+_EQUAL: Final = 1.0
+
+
+class RoundFailedError(Exception):
+    """An averaging that came to nothing: try again. caught: peer ids that were seen to lie in it."""
+
+    def __init__(self, why: str, caught: frozenset[bytes] = frozenset()) -> None:
+        super().__init__(why)
+        self.caught = caught
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """A slice of the vector, start:stop, and the members who reduce it: one, or in robust mode two."""
+
+    start: int
+    stop: int
+    reducers: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a round came to. vector_D: the average, the same bits at all. samples, loss: as claimed, of all.
+
+    sent, received: bytes of this volunteer's messages. caught: peer ids that were seen to lie.
+    """
+
+    vector_D: Tensor
+    samples: int
+    loss: float
+    members: int
+    sent: int
+    received: int
+    caught: frozenset[bytes] = frozenset()
+
+
+def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
+    """Who reduces what, the same at all members: they compute it from what all were told."""
+    able = [index for index, member in enumerate(group.members) if member.reachable]
+    if not able or (robust and len(able) < 2):
+        raise RoundFailedError("too few in the group can be reached")
+    bandwidths = [member.bandwidth if member.reachable else 0.0 for member in group.members]
+    if not any(bandwidths):  # none was measured
+        bandwidths = [_EQUAL if member.reachable else 0.0 for member in group.members]
+    sizes = load_balance_peers(numbers, bandwidths)
+    if robust:  # who reduces what cannot be foreseen: two that conspire seldom meet
+        shift = int.from_bytes(group.round_id[:4], "big")
+        able = able[shift % len(able) :] + able[: shift % len(able)]
+    parts, start = [], 0
+    for place, index in enumerate(able):
+        stop = start + int(sizes[index])
+        if stop > start:
+            second = (able[(place + 1) % len(able)],) if robust else ()
+            parts.append(Part(start, stop, (index, *second)))
+        start = stop
+    return parts
+
+
+@final
+@dataclass(eq=False)
+class Round:
+    """One averaging in one group, as this volunteer sees it. own: its index. own_D: what it contributes, or None."""
+
+    group: Group
+    own: int
+    parts: Sequence[Part]
+    averaging: Averaging
+    own_D: Tensor | None
+    share: Share
+    duties: dict[int, Duty] = field(default_factory=dict)
+    arrived: set[int] = field(default_factory=set)
+    reasons: dict[int, str] = field(default_factory=dict)
+    sent: int = 0
+    received: int = 0
+
+    def blocks(self, part: Part) -> list[tuple[int, int]]:
+        """A block is averaged at once: a piece, or in robust mode, where its length counts, all of the part."""
+        return [(part.start, part.stop)] if self.averaging.robust else pieces(part.start, part.stop)
+
+    def contribution(self, start: int, stop: int) -> Contribution:
+        """Our own, of a block, as others read it."""
+        assert self.own_D is not None
+        packed = tuple(self.averaging.pack(self.own_D[start:stop]))
+        return Contribution(self.share, self.averaging.read(packed, start, stop), packed)
+
+
+@final
+class Reductions:
+    """The rounds in which this volunteer takes part, and its side of their messages."""
+
+    def __init__(self, node: Node, admission: Admission, service: Any, run: str, timeout_seconds: float) -> None:
+        self._node, self._admission, self._service, self._run = node, admission, service, run
+        self._timeout = timeout_seconds
+        self.rounds: dict[bytes, Round] = {}
+        self._changed = asyncio.Event()
+
+    async def begin(
+        self, group: Group, averaging: Averaging, own_D: Tensor | None, numbers: int, samples: int, loss: float
+    ) -> Round:
+        """Take part in a round; others may now send to us. samples: 0 with own_D None, to listen alone."""
+        own = group.index(self._node.identity.peer_id)
+        assert own is not None  # a group that was found holds us
+        parts = plan(group, numbers, robust=averaging.robust)
+        begun = Round(group, own, parts, averaging, own_D, Share(samples, loss, "", b""))
+        trainers = [index for index, member in enumerate(group.members) if member.trains]
+        for number, part in enumerate(parts):
+            if own in part.reducers:
+                begun.duties[number] = Duty(averaging, begun.blocks(part), trainers)
+        self.rounds[group.round_id] = begun
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return begun
+
+    async def collect(self, begun: Round) -> list[list[Average | None]]:
+        """By part and by reducer the average that came back, None where none did."""
+        waiting = asyncio.create_task(self._stop_waiting(begun))
+        try:
+            work = [self._of_part(begun, number) for number in range(len(begun.parts))]
+            return await asyncio.wait_for(asyncio.gather(*work), self._timeout)
+        except TimeoutError:
+            raise RoundFailedError(f"it took more than {self._timeout:g} seconds") from None
+        finally:
+            waiting.cancel()
+
+    def forget(self, keep: bytes | None = None) -> None:
+        """Rounds that are over, but for the one of that id: somebody may still ask for its evidence."""
+        for round_id in [each for each in self.rounds if each != keep]:
+            for duty in self.rounds.pop(round_id).duties.values():
+                duty.close()
+
+    async def _stop_waiting(self, begun: Round) -> None:
+        await asyncio.sleep(self._timeout / 3)
+        for duty in begun.duties.values():
+            duty.give_up_waiting(begun.arrived | {begun.own})
+
+    async def _of_part(self, begun: Round, number: int) -> list[Average | None]:
+        part = begun.parts[number]
+        share, packed = await asyncio.get_running_loop().run_in_executor(None, self._pack, begun, number)
+        asked = [
+            self._ours(begun, number, share)
+            if reducer == begun.own
+            else self._ask(begun, number, reducer, share, packed)
+            for reducer in part.reducers
+        ]
+        return list(await asyncio.gather(*asked))
+
+    def _pack(self, begun: Round, number: int) -> tuple[Share, list[runtime_pb2.Tensor]]:
+        """Our contribution to a part, signed. Where it is only averaged the connection says enough of who sent it."""
+        part, packed = begun.parts[number], []
+        if begun.own_D is not None:
+            packed = begun.averaging.pack(begun.own_D[part.start : part.stop])
+        digest = digest_of(packed) if begun.averaging.robust else ""
+        content = {
+            **{"round": begun.group.round_id.hex(), "part": number, "digest": digest},
+            **{"samples": begun.share.samples, "loss": begun.share.loss},
+        }
+        sealed = seal(self._node.identity, self._admission.token, PURPOSE, content)
+        return Share(begun.share.samples, begun.share.loss, digest, sealed), packed
+
+    async def _ours(self, begun: Round, number: int, share: Share) -> Average | None:
+        duty = begun.duties[number]
+        for block, (start, stop) in enumerate(duty.blocks):
+            if begun.own_D is None:
+                duty.lose(begun.own)
+                break
+            packed = tuple(begun.averaging.pack(begun.own_D[start:stop]))
+            row_D = begun.averaging.read(packed, start, stop)
+            duty.put(block, begun.own, Contribution(share, row_D, packed if begun.averaging.robust else ()))
+        with contextlib.suppress(MessageError):
+            return _joined([await asyncio.shield(answer) for answer in duty.answers])
+        return None
+
+    async def _ask(
+        self, begun: Round, number: int, reducer: int, share: Share, packed: Sequence[runtime_pb2.Tensor]
+    ) -> Average | None:
+        """Send our contribution to a part to one of its reducers; what comes back, None if nothing does."""
+        peer = begun.group.members[reducer].peer_id
+        part = begun.parts[number]
+
+        async def messages() -> AsyncIterator[runtime_pb2.ExpertRequest]:
+            head = {"round": begun.group.round_id.hex(), "part": number}
+            yield self._count(begun, runtime_pb2.ExpertRequest(uid=json.dumps(head), metadata=share.sealed))
+            for each in packed:
+                yield self._count(begun, runtime_pb2.ExpertRequest(tensors=[each]))
+
+        try:
+            answers = await self._service.stub(peer).rpc_reduce(messages())
+            averages = []
+            for start, stop in begun.blocks(part):
+                averages.append(await self._read_answer(begun, answers, start, stop))
+            return _joined(averages)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # a stranger's fault or the network's: the part is missing
+            begun.reasons[number] = first_line(error)
+            return None
+
+    def _count(self, begun: Round, message: Any) -> Any:
+        begun.sent += message.ByteSize()
+        return message
+
+    async def _read_answer(self, begun: Round, answers: AsyncIterator[Any], start: int, stop: int) -> Average:
+        packed: list[runtime_pb2.Tensor] = []
+        included: tuple[tuple[int, int, float, str], ...] = ()
+        for _ in pieces(start, stop):
+            answer = await asyncio.wait_for(anext(answers), self._timeout)
+            begun.received += answer.ByteSize()
+            if answer.metadata:
+                included = read_included(answer.metadata, len(begun.group.members))
+            packed.extend(answer.tensors)
+        return Average(begun.averaging.read(packed, start, stop), tuple(packed), included)
+
+    async def serve(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Somebody contributes to a part that we reduce: read what comes, and send averages as they are made."""
+        sender = context.remote_id.to_bytes()
+        head = await asyncio.wait_for(anext(requests), self._timeout)
+        begun, index, number, share = await self._recognize(sender, head)
+        begun.received += head.ByteSize()
+        begun.arrived.add(index)
+        duty = begun.duties[number]
+        reading = asyncio.create_task(self._read(begun, duty, index, share, requests))
+        try:
+            for answer in duty.answers:
+                average = await asyncio.wait_for(asyncio.shield(answer), self._timeout)
+                for place, each in enumerate(average.packed):
+                    metadata = json.dumps(average.included).encode() if place == 0 else b""
+                    yield self._count(begun, runtime_pb2.ExpertResponse(tensors=[each], metadata=metadata))
+            await asyncio.wait_for(reading, self._timeout)  # whoever still writes would find a closed door
+        finally:
+            if not reading.done():
+                reading.cancel()
+
+    async def _recognize(self, sender: bytes, head: runtime_pb2.ExpertRequest) -> tuple[Round, int, int, Share]:
+        """Which round, member and part a contribution is for. Raises MessageError for a stranger's."""
+        try:
+            told = json.loads(head.uid)
+            round_id, number = bytes.fromhex(told["round"]), int(told["part"])
+        except (KeyError, TypeError, ValueError):
+            raise MessageError("a contribution to no round") from None
+        begun = await self._round(round_id)
+        index = begun.group.index(sender)
+        if index is None or number not in begun.duties:
+            raise MessageError(f"{short_name(sender)} is not of this round, or part {number} is not ours")
+        content = unseal(head.metadata, sender, PURPOSE, self._admission)
+        if content.get("round") != round_id.hex() or content.get("part") != number:
+            raise MessageError(f"{short_name(sender)}: a contribution to another part than its signature says")
+        return begun, index, number, share_from(content, head.metadata)
+
+    async def _round(self, round_id: bytes) -> Round:
+        """A round; one that others know of before us is waited for a moment."""
+        deadline = asyncio.get_running_loop().time() + self._timeout / 3
+        while round_id not in self.rounds:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise MessageError("a round that is not known here")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._wait_for_change()), left)
+        return self.rounds[round_id]
+
+    async def _wait_for_change(self) -> None:
+        await self._changed.wait()
+
+    async def _read(
+        self, begun: Round, duty: Duty, index: int, share: Share, requests: AsyncIterator[runtime_pb2.ExpertRequest]
+    ) -> None:
+        """Take in a contributor's blocks; whatever goes wrong, the rest of them is not waited for."""
+        keep = begun.averaging.robust
+        try:
+            for block, (start, stop) in enumerate(duty.blocks if share.samples else ()):
+                packed: list[runtime_pb2.Tensor] = []
+                for _ in pieces(start, stop):
+                    request = await asyncio.wait_for(anext(requests), self._timeout / 3)
+                    begun.received += request.ByteSize()
+                    packed.extend(request.tensors)
+                if keep and digest_of(packed) != share.digest:
+                    raise MessageError("pieces that are not those that were signed")
+                row_D = begun.averaging.read(packed, start, stop)
+                duty.put(block, index, Contribution(share, row_D, tuple(packed) if keep else ()))
+        except (MessageError, TimeoutError, StopAsyncIteration):
+            pass
+        finally:
+            duty.lose(index)
+        async for _ in requests:
+            pass
+
+
+def _joined(averages: Sequence[Average]) -> Average:
+    """The averages of a part's blocks as one; it is made of those who are in its first block."""
+    return Average(
+        torch.cat([average.value_D for average in averages]),
+        tuple(each for average in averages for each in average.packed),
+        averages[0].included,
+    )
+
+
+def read_included(metadata: bytes, members: int) -> tuple[tuple[int, int, float, str], ...]:
+    """Of whom an average is made, as its reducer says. Raises MessageError."""
+    try:
+        read = tuple(
+            (int(i), int(samples), float(loss), str(digest)) for i, samples, loss, digest in json.loads(metadata)
+        )
+    except (TypeError, ValueError) as error:
+        raise MessageError(f"an average that does not say of whom it is made: {first_line(error)}") from None
+    if any(not 0 <= index < members or samples < 0 for index, samples, _, _ in read):
+        raise MessageError("an average of somebody who is not of the group")
+    return read
+
+
+def outcome(begun: Round, averages: Mapping[int, Average], caught: frozenset[bytes] = frozenset()) -> Outcome:
+    """The whole vector of the parts' averages. Raises RoundFailedError where one is missing."""
+    missing = [number for number in range(len(begun.parts)) if number not in averages]
+    if missing:
+        lost = [short_name(begun.group.members[index].peer_id) for index in begun.parts[missing[0]].reducers]
+        why = begun.reasons.get(missing[0], "it has none")
+        raise RoundFailedError(
+            f"part {missing[0]} of {len(begun.parts)} did not come back from {' and '.join(lost)}: {why}"
+        )
+    first = averages[0]
+    vector_D = torch.cat([averages[number].value_D for number in range(len(begun.parts))])
+    members = len(begun.group.members)
+    return Outcome(vector_D, first.samples, first.loss, members, begun.sent, begun.received, caught)

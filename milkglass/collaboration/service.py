@@ -1,0 +1,104 @@
+"""What a volunteer answers to others: hivemind routes calls by their names, over connections that prove who calls.
+
+Nothing here decides: who may join stands in `group.py`, what is averaged in `reduction.py`, what is shown in
+`disputes.py`, and what is given to whom in `state.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, AsyncIterator, Final, final  # noqa: UP035 - hivemind knows typing's own alone
+
+from milkglass.collaboration.admission import Admission
+from milkglass.collaboration.bandwidth import answer_probe
+from milkglass.collaboration.engine import P2P, P2PContext, PeerID, ServicerBase, averaging_pb2, runtime_pb2
+from milkglass.collaboration.node import Node
+
+_GREETING_SECONDS: Final = 10.0
+
+
+@final
+class Greeter(ServicerBase):  # type: ignore[misc]  # hivemind has no types
+    """Says to anybody what run this is, by what recipe, and who is there. greeting: makes that."""
+
+    def __init__(self, greeting: Callable[[], Mapping[str, Any]]) -> None:
+        self._greeting = greeting
+
+    async def rpc_greeting(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
+        """JSON."""
+        del request, context
+        return runtime_pb2.ExpertResponse(metadata=json.dumps(self._greeting()).encode())
+
+
+async def greet(p2p: P2P, peer_id: bytes) -> dict[str, Any] | None:
+    """What another says of itself; None where it says nothing, as an authority does."""
+    try:
+        stub = Greeter.get_stub(p2p, PeerID(peer_id))
+        answer = await asyncio.wait_for(stub.rpc_greeting(runtime_pb2.ExpertRequest()), _GREETING_SECONDS)
+        said = json.loads(answer.metadata)
+    except Exception:  # whatever it is that answers there
+        return None
+    return said if isinstance(said, dict) else None
+
+
+@final
+class Service(ServicerBase):  # type: ignore[misc]  # hivemind has no types
+    """Answers for a volunteer. run: the name under which its calls are routed."""
+
+    def __init__(self, node: Node, run: str, admission: Admission) -> None:
+        self._node, self._run, self._admission = node, run, admission
+        self.matcher: Any = None
+        self.reductions: Any = None
+        self.disputes: Any = None
+        self.states: Any = None
+
+    async def open(self) -> None:
+        """From now on others are answered; not those of an unreachable volunteer, whom nobody calls."""
+        if self._node.reachable:
+            await self.add_p2p_handlers(self._node.p2p, namespace=self._run)
+
+    async def close(self) -> None:
+        """Nobody is answered any more."""
+        if self._node.reachable:
+            await self.remove_p2p_handlers(self._node.p2p, namespace=self._run)
+
+    def stub(self, peer_id: bytes) -> Any:
+        """Calls another's service."""
+        return self.get_stub(self._node.p2p, PeerID(peer_id), namespace=self._run)
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        """hivemind's matchmaking."""
+        async for answer in self.matcher.join(request, context):
+            yield answer
+
+    async def rpc_reduce(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """A member of a round contributes to a part."""
+        async for answer in self.reductions.serve(requests, context):
+            yield answer
+
+    async def rpc_evidence(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """A member of a round looks for himself."""
+        async for answer in self.disputes.show(request, context):
+            yield answer
+
+    async def rpc_state(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Somebody who is behind, or new, asks for the state of training."""
+        async for answer in self.states.give(request, context):
+            yield answer
+
+    async def rpc_probe(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Somebody measures the bandwidth between us."""
+        async for answer in answer_probe(requests, context.remote_id.to_bytes(), self._admission):
+            yield answer

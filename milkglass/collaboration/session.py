@@ -1,0 +1,303 @@
+"""A volunteer's side of the network while it is connected: notice board, groups, averagings, states, in one place.
+
+The training asks it from its own thread; all that these methods do happens in the node's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from torch import Tensor
+
+from milkglass.collaboration.admission import Admission
+from milkglass.collaboration.bandwidth import PARTNERS, measure
+from milkglass.collaboration.board import Board
+from milkglass.collaboration.disputes import Disputes
+from milkglass.collaboration.duty import Averaging
+from milkglass.collaboration.engine import P2P
+from milkglass.collaboration.group import Group, Matcher, Member
+from milkglass.collaboration.identity import Identity, peer_name
+from milkglass.collaboration.node import Node, peer_of
+from milkglass.collaboration.progress import Pace, Progress, Report, agreed_state, judge
+from milkglass.collaboration.reduction import Outcome, Reductions, RoundFailedError, outcome
+from milkglass.collaboration.replica import Replica
+from milkglass.collaboration.service import Greeter, Service, greet
+from milkglass.collaboration.signed_records import SignedRecords
+from milkglass.collaboration.state import Download, States, donors, download
+from milkglass.collaboration.wire_vector import VectorCodec
+from milkglass.errors import LinkError, RecipeError
+from milkglass.recipe import Recipe, first_difference, parse_recipe
+
+_GROWTH: Final = 2
+_REMEMBER_SECONDS: Final = 2.0
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where a volunteer stands in the network.
+
+    peers: addresses of others, none for the first. listen: (host, port). reachable: others can call it. trains: it is
+    no auxiliary, which only averages.
+    """
+
+    peers: tuple[str, ...] = ()
+    listen: tuple[str, int] = ("127.0.0.1", 0)
+    reachable: bool = True
+    trains: bool = True
+
+
+@final
+@dataclass(frozen=True)
+class Agreed:
+    """What all volunteers of a run have in common. data: of their data, such as a text's hash. digest: of both."""
+
+    recipe: Recipe
+    data: str
+    digest: bytes
+
+
+@final
+class Session:
+    """See `connected`, which makes it."""
+
+    def __init__(
+        self,
+        agreed: Agreed,
+        node: Node,
+        admission: Admission,
+        replica: Replica,
+        place: Place,
+        report: Callable[[], Report],
+    ) -> None:
+        section = agreed.recipe.collaboration
+        self.node, self._agreed_on, self._replica, self._place, self._report = node, agreed, replica, place, report
+        self._admission, self._section = admission, section
+        self._service = Service(node, section.run, admission)
+        self.board = Board(node, section.run, report)
+        self.states = States(replica, admission)
+        self._matcher = Matcher(
+            node,
+            admission,
+            Service,
+            section.run,
+            agreed.digest,
+            section.matchmaking_seconds,
+        )
+        self._reductions = Reductions(node, admission, self._service, section.run, section.timeout_seconds)
+        self._disputes = Disputes(self._reductions, admission, self._service)
+        self._service.matcher, self._service.reductions = self._matcher, self._reductions
+        self._service.disputes, self._service.states = self._disputes, self.states
+        self._pace = Pace(section.target_batch)
+        self._measured_with = 0
+        self._last_round: bytes | None = None
+        self.bandwidth: float | None = None
+        self.caught: set[bytes] = set()
+        self.known: list[str] = []
+
+    @property
+    def others(self) -> dict[bytes, Report]:
+        """Reports of those of the same recipe."""
+        digest = self._agreed_on.digest
+        return {peer: report for peer, report in self.board.reports.items() if report.recipe == digest}
+
+    def progress(self) -> Progress:
+        """Where the run stands, as far as is known here."""
+        section = self._section
+        return judge(self._report(), self.others, target=section.target_batch, cap=section.weight_cap, pace=self._pace)
+
+    def look(self) -> None:
+        """Read the notice board now."""
+        self.node.run(self.board.look(), self._section.timeout_seconds)
+
+    def measure(self) -> float | None:
+        """Measure the bandwidth with others, once, and again as the run has grown; bytes per second, or None."""
+        peers = [peer for peer, report in self.others.items() if report.reachable]
+        if min(len(peers), PARTNERS) >= max(_GROWTH * self._measured_with, 1):
+            found = self.node.run(measure(self._service, peers, self._admission.token))
+            self._measured_with = min(len(peers), PARTNERS)
+            self.bandwidth = found or self.bandwidth
+        return self.bandwidth
+
+    def find_group(self, expected: int) -> concurrent.futures.Future[Group | None]:
+        """Look for others to average with at this epoch, in the background."""
+        member = Member(
+            self.node.identity.peer_id,
+            self._replica.epoch,
+            self.bandwidth,
+            self._place.reachable,
+            self._place.trains,
+            frozenset(self.caught),
+        )
+        return self.node.begin(self._matcher.find(member, expected, self._section.timeout_seconds))
+
+    def average(self, group: Group, own_D: Tensor | None, samples: int, loss: float) -> Outcome:
+        """Average with a group; own_D: our gradients, None to listen alone. Raises RoundFailedError."""
+        try:
+            found = self.node.run(self._average(group, own_D, samples, loss))
+        except RoundFailedError as error:
+            self._catch(error.caught)
+            raise
+        self._catch(found.caught)
+        return found
+
+    def catch_up(self) -> Download:
+        """Take over the state that most have. Raises MessageError where nobody gives it."""
+        epoch = self.progress().epoch
+        peers = donors(self.others, epoch)
+        token, timeout = self._admission.token, self._section.timeout_seconds
+        return self.node.run(download(self._service, self._replica, token, peers, self._agreed, timeout))
+
+    async def open(self) -> None:
+        """Answer others, and keep the notice board."""
+        greeting = Greeter(self._greeting)
+        if self._place.reachable:
+            await greeting.add_p2p_handlers(self.node.p2p)
+        await self._service.open()
+        await self.board.look()
+        self._keeping = [asyncio.create_task(work) for work in (self.board.keep(), self._remember())]
+
+    async def close(self) -> None:
+        """Say goodbye."""
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+        self._reductions.forget()
+        with contextlib.suppress(Exception):
+            await self.board.leave()
+            await self._service.close()
+
+    async def _remember(self) -> None:
+        """Note others' addresses, to come back by if the daemon dies."""
+        while True:
+            with contextlib.suppress(ConnectionError, OSError):
+                self.known = await _addresses(self.node.p2p) or self.known
+            await asyncio.sleep(_REMEMBER_SECONDS)
+
+    async def _agreed(self, epoch: int) -> bytes | None:
+        await self.board.look()
+        return agreed_state(self.others.values(), epoch)
+
+    async def _average(self, group: Group, own_D: Tensor | None, samples: int, loss: float) -> Outcome:
+        section, reductions = self._section, self._reductions
+        reductions.forget(keep=self._last_round)
+        codec = VectorCodec(section.compress)
+        averaging = Averaging(codec, section.weight_cap, section.robust, self._replica.center_D)
+        begun = await reductions.begin(group, averaging, own_D, self._replica.numbers, samples, loss)
+        self._last_round = group.round_id
+        averages = await reductions.collect(begun)
+        if section.robust:
+            return await self._disputes.settle(begun, averages)
+        return outcome(begun, {number: each[0] for number, each in enumerate(averages) if each[0] is not None})
+
+    def _catch(self, caught: frozenset[bytes]) -> None:
+        self.caught |= caught
+        self._matcher.banned |= caught
+
+    def _greeting(self) -> Mapping[str, Any]:
+        return {
+            "run": self._section.run,
+            "agreed": self._agreed_on.recipe.agreed(),
+            "digest": self._agreed_on.recipe.digest(),
+            "data": self._agreed_on.data,
+            "epoch": self._replica.epoch,
+            "peers": [peer_name(peer) for peer in self.board.reports],
+        }
+
+
+@contextmanager
+def connected(
+    agreed: Agreed,
+    identity: Identity,
+    admission: Admission,
+    replica: Replica,
+    place: Place,
+    report: Callable[[], Report],
+    renew: Callable[[P2P], Any] | None = None,
+) -> Iterator[Session]:
+    """Inside, the volunteer is in the network; afterwards it has left in order. renew: keeps the token fresh.
+
+    Raises LinkError where nobody answers, RecipeError where the others train by another recipe.
+    """
+
+    async def look_around(p2p: P2P) -> None:
+        if renew is not None:
+            await renew(p2p)
+        await check_others(p2p, place.peers, agreed)
+
+    validator = SignedRecords(identity, admission)
+    with Node(
+        identity,
+        validator,
+        peers=place.peers,
+        listen=place.listen,
+        reachable=place.reachable,
+        look_around=look_around,
+    ) as node:
+        session = node.run(_made(agreed, node, admission, replica, place, report))
+        try:
+            yield session
+        finally:
+            with contextlib.suppress(Exception):
+                node.run(session.close(), 5.0)
+
+
+async def _made(
+    agreed: Agreed, node: Node, admission: Admission, replica: Replica, place: Place, report: Callable[[], Report]
+) -> Session:
+    session = Session(agreed, node, admission, replica, place, report)
+    await session.open()
+    return session
+
+
+async def check_others(p2p: P2P, addresses: Sequence[str], agreed: Agreed) -> None:
+    """Raise RecipeError or LinkError where those at the addresses are no one run, or not the one of that recipe."""
+    peers = [peer_of(address) for address in addresses]
+    said = await asyncio.gather(*[greet(p2p, peer) for peer in peers])
+    greetings = {peer_name(peer): each for peer, each in zip(peers, said, strict=True) if each is not None}
+    for name, each in greetings.items():
+        _check_recipe(name, each, agreed)
+    known = {name: {name, *map(str, each.get("peers", ()))} for name, each in greetings.items()}
+    names = sorted(known)
+    for name in names[1:]:
+        if name not in known[names[0]] and names[0] not in known[name]:
+            raise LinkError(
+                f"{names[0][-8:]} and {name[-8:]} do not know each other: these are two collaborations, though of one "
+                "recipe; name addresses of one of them"
+            )
+
+
+def _check_recipe(name: str, said: Mapping[str, Any], agreed: Agreed) -> None:
+    recipe = agreed.recipe
+    if said.get("run") != recipe.collaboration.run:
+        raise RecipeError(
+            f"the volunteer {name[-8:]} trains run {said.get('run')!r}; collaboration.run is "
+            f"{recipe.collaboration.run!r} here"
+        )
+    if said.get("digest") == recipe.digest():
+        if said.get("data") != agreed.data:
+            raise RecipeError(
+                f"the volunteer {name[-8:]} trains by the same recipe on other data: {said.get('data')} there, "
+                f"{agreed.data} here"
+            )
+        return
+    difference = "it does not say what"
+    with contextlib.suppress(Exception):  # a stranger's words
+        theirs = json.loads(json.dumps(said["agreed"]))
+        theirs["data"] = {**recipe.data.model_dump(mode="json"), **theirs["data"]}
+        difference = first_difference(recipe, parse_recipe(theirs)) or difference
+    raise RecipeError(f"the volunteer {name[-8:]} trains by another recipe: {difference}")
+
+
+async def _addresses(p2p: P2P) -> list[str]:
+    found = []
+    for peer in await p2p.list_peers():
+        found += [f"{address}/p2p/{peer.peer_id.to_base58()}" for address in peer.addrs]
+    return found

@@ -1,0 +1,110 @@
+"""The state of training, from a volunteer to one who is new, was away, or took another way than most.
+
+What most volunteers of the epoch say that the state hashes to is what a download must hash to. Where their machines
+differ in kind, so that no two states have the same bits, there is no such word; then the state is taken as it comes,
+and `Download.checked` is False.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from milkglass.collaboration.admission import Admission
+from milkglass.collaboration.engine import P2PContext, runtime_pb2
+from milkglass.collaboration.identity import short_name
+from milkglass.collaboration.progress import Report
+from milkglass.collaboration.replica import Replica, epoch_of
+from milkglass.errors import MessageError
+
+_PIECE: Final = 1 << 18
+_MOST_BYTES: Final = 1 << 36
+
+
+@final
+@dataclass(frozen=True)
+class Download:
+    """A state that was taken over. donor: whose it was. checked: it is what most say that it is."""
+
+    epoch: int
+    donor: bytes
+    bytes_received: int
+    checked: bool
+
+
+@final
+class States:
+    """Gives our state to others."""
+
+    def __init__(self, replica: Replica, admission: Admission) -> None:
+        self._replica, self._admission = replica, admission
+        self.bytes_sent = 0
+
+    async def give(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Our state in pieces, to whoever may take part. Raises MessageError for others."""
+        objection = self._admission.objection(context.remote_id.to_bytes(), request.metadata)
+        if objection is not None:
+            raise MessageError(objection)
+        _, content = await asyncio.get_running_loop().run_in_executor(None, self._replica.save)
+        for start in range(0, len(content), _PIECE):
+            piece = content[start : start + _PIECE]
+            self.bytes_sent += len(piece)
+            yield runtime_pb2.ExpertResponse(metadata=piece)
+
+
+def donors(reports: Mapping[bytes, Report], epoch: int) -> list[bytes]:
+    """Whom to ask for the state of that epoch, or a later one: those who are there first, then those who are ahead."""
+    able = {peer: report for peer, report in reports.items() if report.reachable and report.epoch >= epoch}
+    return sorted(able, key=lambda peer: able[peer].epoch)
+
+
+async def download(
+    service: Any,
+    replica: Replica,
+    token: bytes,
+    peers: Sequence[bytes],
+    agreed: Callable[[int], Awaitable[bytes | None]],
+    timeout_seconds: float,
+) -> Download:
+    """The state of the first of `peers` who gives one that holds.
+
+    agreed: what the state of an epoch hashes to, where most agree: asked when it has arrived, as training goes on
+    meanwhile. Raises MessageError, which says of each why not.
+    """
+    why = []
+    for peer in peers:
+        try:
+            content = await _fetch(service, peer, token, timeout_seconds)
+            expected = await agreed(epoch_of(content))
+            if expected is not None and hashlib.sha256(content).digest() != expected:
+                raise MessageError("its state is not the one that most have")
+            version = await asyncio.get_running_loop().run_in_executor(None, replica.load, content)
+            return Download(version.epoch, peer, len(content), expected is not None)
+        except asyncio.CancelledError:
+            raise
+        except MessageError as error:
+            why.append(f"{short_name(peer)}: {error}")
+        except Exception:
+            why.append(f"{short_name(peer)}: does not answer")
+    raise MessageError("; ".join(why) or "nobody is there who can be asked")
+
+
+async def _fetch(service: Any, peer: bytes, token: bytes, timeout_seconds: float) -> bytes:
+    found = bytearray()
+    answers = await service.stub(peer).rpc_state(runtime_pb2.ExpertRequest(metadata=token))
+    while True:
+        try:
+            answer = await asyncio.wait_for(anext(answers), timeout_seconds)
+        except StopAsyncIteration:
+            break
+        found += answer.metadata
+        if len(found) > _MOST_BYTES:
+            raise MessageError("a state that does not end")
+    if not found:
+        raise MessageError("gives no state")
+    return bytes(found)
