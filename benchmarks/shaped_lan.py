@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -46,20 +46,24 @@ class ShapedLan:
         self.hosts = hosts
         self._switch = switch
 
-    def shape(self, rate: str | None) -> None:
-        """Let every link carry so much each way, as `tc` writes it ("100mbit", "1gbit"); None: as much as it can."""
-        for number, host in enumerate(self.hosts):
+    def shape(self, rate: str | Sequence[str | None] | None) -> None:
+        """Let every link carry so much each way, as `tc` writes it ("100mbit", "1gbit"); None: as much as it can.
+
+        A sequence: one for each host, in their order.
+        """
+        rates = [rate] * len(self.hosts) if rate is None or isinstance(rate, str) else list(rate)
+        for number, (host, each) in enumerate(zip(self.hosts, rates, strict=True)):
             for namespace, device in ((host.namespace, INTERFACE), (self._switch, _port(number))):
                 place = ["ip", "netns", "exec", namespace, "tc", "qdisc"]
-                if rate is None:
+                if each is None:
                     subprocess.run([*place, "del", "dev", device, "root"], capture_output=True, check=False)
                     continue
-                bucket = ["tbf", "rate", rate, "burst", _BURSTS.get(rate, _BURST), "latency", _QUEUE]
+                bucket = ["tbf", "rate", each, "burst", _BURSTS.get(each, _BURST), "latency", _QUEUE]
                 subprocess.run([*place, "replace", "dev", device, "root", *bucket], check=True)
 
 
 @contextlib.contextmanager
-def shaped_lan(count: int, rate: str | None, congestion: str = "cubic") -> Iterator[ShapedLan]:
+def shaped_lan(count: int, rate: str | Sequence[str | None] | None, congestion: str = "cubic") -> Iterator[ShapedLan]:
     """So many hosts, and a link each. congestion: TCP's way to find its rate, told and not left to the machine."""
     if not 1 <= count <= _MOST_HOSTS:
         raise ValueError(f"{count} hosts; expected 1 to {_MOST_HOSTS}")

@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + error.number if isinstance(error, StopError) else EXIT_BAD_INPUT)
     except _StoppedError as stop:
         say(
-            "milkglass: stopped; nothing finished is lost: run it again (train, serve, join: with --resume), "
+            "milkglass: stopped; nothing finished is lost: run it again (train, serve, join, collab: with --resume), "
             "and it goes on"
         )
         sys.exit(stop.code)

@@ -64,7 +64,7 @@ def collab(
         _watch(loaded, tuple(peer or ()), admission)
         return
     from milkglass.collaboration.collaborate import collaborate
-    from milkglass.collaboration.node import read_listen
+    from milkglass.collaboration.node import check_address, read_listen
     from milkglass.collaboration.session import Place
     from milkglass.memory import keep_freed_memory
     from milkglass.randomness import read_key
@@ -76,7 +76,7 @@ def collab(
     summary = collaborate(
         loaded,
         out or Path("runs") / recipe.stem,
-        Place(tuple(peer or ()), read_listen(listen), not client_mode, not auxiliary),
+        Place(tuple(map(check_address, peer or ())), read_listen(listen), not client_mode, not auxiliary),
         pass_folder=admission,
         key=source,
         checkpoints=checkpoints,

@@ -46,13 +46,12 @@ def _words(score: ContributionScore) -> str:
     """What contributions of one size show, in a sentence."""
     size, one = score.contribution_records, score.contribution_records == 1
     shown, peek = round(score.shown * score.records), score.peek
-    if shown == score.records:
-        what = "shows it" if one else "shows them"
-    elif score.shown > score.others_shown:
-        what = "shows it, of many tried," if one else "shows some of them"
-    else:
+    if score.shown <= score.others_shown:
         what = "showed nothing to this attack, which is no proof"
-    labels = "" if score.labels_restored is None else f", {score.labels_restored:.0%} of the labels restored"
+    else:
+        often = "" if shown == score.records else "mostly " if score.shown >= 0.5 else "sometimes "
+        what = f"{often}shows {'it' if one else 'them'}"
+    labels = "" if score.labels_restored is None else f", {100 * score.labels_restored:.0f} % of the labels restored"
     return (
         f"a contribution of {size} record{'' if one else 's'} {score.moment} {what}: peek {peek.value:.3f}, "
         f"95 % interval {peek.low:.3f} to {peek.high:.3f}; {shown} of {score.records} records shown{labels}"

@@ -22,7 +22,7 @@ from milkglass.contribution_controls import controls_of
 from milkglass.contributions import Rebuilt, Subject, assigned, contribution, rebuild
 from milkglass.controls import ControlResult
 from milkglass.errors import AuditError
-from milkglass.findings import BROKEN_BELOW, worse
+from milkglass.findings import BROKEN_BELOW
 from milkglass.leakage.classification import clopper_pearson
 from milkglass.leakage.estimate import Estimate
 from milkglass.leakage.reconstruction import (
@@ -66,7 +66,7 @@ class Effort:
 
 
 EFFORTS: Final[Mapping[Strength, Effort]] = {
-    "quick": Effort((1, 8), 12, 300, 1, 0),
+    "quick": Effort((1, 8), 10, 300, 1, 0),
     "default": Effort((1, 2, 4, 8), 24, 600, 1, 16),
     "thorough": Effort((1, 2, 4, 8), 32, 2000, 2, 64),
 }
@@ -124,7 +124,8 @@ class ContributionScore:
 @final
 @dataclass(frozen=True, eq=False)
 class ContributionAudit:
-    """What was found. measures: of each the worst over sizes and moments. pictures: of the worst exposure."""
+    """What was found. measures: the highest value and the highest ends over all sizes and moments. pictures: of the
+    exposure with the highest peek."""
 
     scores: tuple[ContributionScore, ...]
     measures: Mapping[str, Estimate]
@@ -137,7 +138,7 @@ class ContributionAudit:
 
     @property
     def peek(self) -> Estimate:
-        """Of the worst exposure: 1 = the raw record, 0 = the mean record."""
+        """The highest: 1 = the raw record, 0 = the mean record."""
         return self.measures["peek"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,27 +203,16 @@ def audit_contributions(
     except FAILURES as error:
         raise AuditError(f"{attack.name} broke, {what}: {one_line(error)}") from None
     watch.now("done")
-    measures = {name: max((score.measures[name] for score in scores), key=worse) for name in subject.measures}
-    worst = _worst(scores)
-    sound = (
-        all(result.passed for result in controls.values())
-        and all(score.records >= ENOUGH and score.peek.is_finite for score in scores)
-        and not worst.peek.high < BROKEN_BELOW
-    )
-    shown = min(PICTURES, worst.records)
+    measures = {name: _highest([score.measures[name] for score in scores]) for name in subject.measures}
     return ContributionAudit(
         scores=tuple(scores),
         measures=measures,
         controls=controls,
-        verdict=judge(measures, budget, sound=sound),
+        verdict=judge(measures, budget, sound=_is_sound(scores, controls)),
         budget=budget,
         strength=strength,
         notes=(*notes, *_notes(scores, controls)),
-        pictures={
-            "records": subject.x[:shown],
-            "entitled": subject.mean.expand(shown, *subject.mean.shape),
-            attack.name: rebuilt[worst.exposure][:shown],
-        },
+        pictures=_pictures(subject, rebuilt[_worst(scores).exposure][:PICTURES]),
     )
 
 
@@ -316,7 +306,27 @@ def _shown(errors_T: Tensor, mean_T: Tensor) -> float:
 
 
 def _worst(scores: Sequence[ContributionScore]) -> ContributionScore:
-    return max(scores, key=lambda score: worse(score.peek))
+    return max(scores, key=lambda score: score.peek.value)
+
+
+def _highest(found: Sequence[Estimate]) -> Estimate:
+    """Of sizes and moments with few records each, the one with the widest interval need not be the worst."""
+    return Estimate(*(max(getattr(each, name) for each in found) for name in ("value", "low", "high")))
+
+
+def _is_sound(scores: Sequence[ContributionScore], controls: Mapping[str, ControlResult]) -> bool:
+    """Whether a verdict may rest on it."""
+    enough = all(score.records >= ENOUGH and score.peek.is_finite for score in scores)
+    return enough and all(result.passed for result in controls.values()) and not _is_broken(scores)
+
+
+def _is_broken(scores: Sequence[ContributionScore]) -> bool:
+    return max(score.peek.high for score in scores) < BROKEN_BELOW
+
+
+def _pictures(subject: Subject, rebuilt: Tensor) -> dict[str, Tensor]:
+    mean = subject.mean.expand_as(rebuilt)
+    return {"records": subject.x[: len(rebuilt)], "entitled": mean, GradientInversion.name: rebuilt}
 
 
 def _notes(scores: Sequence[ContributionScore], controls: Mapping[str, ControlResult]) -> list[str]:
@@ -328,6 +338,6 @@ def _notes(scores: Sequence[ContributionScore], controls: Mapping[str, ControlRe
     for name, result in controls.items():
         if not result.passed:
             notes.append(f"control {name} failed: {result.value:.3f}, limit {result.limit:g}")
-    if _worst(scores).peek.high < BROKEN_BELOW:
+    if _is_broken(scores):
         notes.append("the attack does clearly worse than the mean record at every size: it is broken here")
     return notes

@@ -15,7 +15,7 @@ from milkglass.leakage.reconstruction import squared_errors
 from milkglass.networks import build
 from milkglass.randomness import Source
 
-_CONTRIBUTIONS: Final = 4
+_CONTRIBUTIONS: Final = 2
 _SHAPE: Final = (1, 8, 8)
 _CLASSES: Final = 10
 

@@ -30,6 +30,10 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "bounds_files": ("bounds", "bounds_figure", "replay", "results", "verdict"),
     "bounds_figure": ("charts", "figures"),
     "charts": ("figures",),
+    "collaboration_audit": ("audit_files", "collaboration", "contribution_audit"),
+    "contribution_audit": ("audit_work", "contribution_controls", "findings"),
+    "contribution_controls": ("contributions", "controls"),
+    "contributions": ("attacks", "compression", "verdict"),
     "audit_files": ("audit", "kept", "recorded", "replay", "verdict"),
     "audit": ("audit_work", "bounds", "defenses", "findings", "inference", "self_test", "verdict"),
     "audit_work": ("attacks", "inference", "transcript"),
@@ -91,7 +95,17 @@ GRAPH: dict[str, tuple[str, ...]] = {
 }
 OPEN_TO_ALL = {"errors", "randomness"}
 # The command line may use every room; the public names are loaded from where they lie.
-ABOVE_ALL = {"cli", "cli_authority", "cli_collaboration", "cli_bounds", "cli_frontier", "cli_network", "__main__", ""}
+ABOVE_ALL = {
+    "cli",
+    "cli_authority",
+    "cli_collaboration",
+    "cli_collaboration_audit",
+    "cli_bounds",
+    "cli_frontier",
+    "cli_network",
+    "__main__",
+    "",
+}
 ABOVE_ATTACKS = {"parties", "client", "client_batch", "server", "desk", "training", "replay"}
 NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transports.wrappers"}}
 
@@ -99,7 +113,16 @@ NEVER = {"attacks": {*ABOVE_ATTACKS, "transports", "transports.base", "transport
 def allowed(room: str) -> set[str]:
     """The rooms that this one may import."""
     if room in ABOVE_ALL:
-        return {*GRAPH, "cli", "cli_authority", "cli_collaboration", "cli_bounds", "cli_frontier", "cli_network"}
+        return {
+            *GRAPH,
+            "cli",
+            "cli_authority",
+            "cli_collaboration",
+            "cli_collaboration_audit",
+            "cli_bounds",
+            "cli_frontier",
+            "cli_network",
+        }
     reached: set[str] = set()
     waiting = [room]
     while waiting:

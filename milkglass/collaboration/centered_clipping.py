@@ -44,7 +44,7 @@ _LARGEST: Final = 1e140
 class ClippedMean:
     """value_D: (D,), the contributions' dtype. radius: of the last iteration, 0 or more, in their units.
 
-    clipped_share: how much of the weight's pull the last iteration took away, 0 to 1. Above 0 also where all are honest.
+    clipped_share: how much of the weight's pull the last iteration took away, 0 to 1; above 0 also if all are honest.
     """
 
     value_D: Tensor

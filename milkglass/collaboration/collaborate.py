@@ -35,8 +35,8 @@ from milkglass.training.split import computing_with
 
 NETWORK: Final = "network.safetensors"
 _MOST_RESTARTS: Final = 3
-_LINGER_SECONDS: Final = 1.0
 _STATE: Final = "volunteer"
+_BLANK: Final = ("recipe.toml", "records.sha256")
 
 
 @final
@@ -82,6 +82,7 @@ class Diary:
             note,
             checkpoints,
         )
+        self._cannot_write = False
         self._seconds = folder.recipe.client.checkpoint_seconds
         self._kept_at = time.monotonic()
         self.lines: list[dict[str, Any]] = []
@@ -110,7 +111,9 @@ class Diary:
                 self._keep()
         except RunError as error:  # a full disk, say: the others need this volunteer's work all the same
             self._checkpoints = False
-            self._note(f"{error}; going on without checkpoints")
+            if not self._cannot_write:
+                self._note(f"{error}; going on without checkpoints")
+            self._cannot_write = True
         return line
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +171,7 @@ def collaborate(
             density=section.density if section.compress == "gaussian_k" else None,
             mixed=section.precision == "bfloat16",
         )
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, recipe, task.digest)
+        folder = _folder(out, recipe, task.digest, resume=resume)
         with folder.locked():
             diary = Diary(folder, task, replica, note, checkpoints=checkpoints)
             if resume:
@@ -186,6 +189,15 @@ def collaborate(
             agreed = Agreed(recipe, task.agreement, digest)
             session = _to_the_end(agreed, own, replica, place, volunteer, ready, note)
             return diary.finish(_summary(recipe, volunteer, session))
+
+
+def _folder(out: Path, recipe: Recipe, records_digest: str, *, resume: bool) -> RunFolder:
+    """The run folder. One that waits for its first epoch, as where nobody answered, is made anew."""
+    if not resume and (out / "recipe.toml").is_file() and {file.name for file in out.iterdir()} <= set(_BLANK):
+        with RunFolder(out, recipe).locked():
+            for name in _BLANK:
+                (out / name).unlink(missing_ok=True)
+    return (RunFolder.resume if resume else RunFolder.create)(out, recipe, records_digest)
 
 
 def _to_the_end(
@@ -208,7 +220,7 @@ def _to_the_end(
             try:
                 volunteer.train(session)
                 if session.others:
-                    time.sleep(_LINGER_SECONDS)  # the last averaging may still be under way at others
+                    volunteer.wait_for_others(session, agreed.recipe.collaboration.timeout_seconds)
                 return {"state_bytes_sent": sent + session.states.bytes_sent, "daemon_restarts": restarts}
             except ConnectionError:
                 restarts, sent = restarts + 1, sent + session.states.bytes_sent

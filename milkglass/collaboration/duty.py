@@ -24,7 +24,7 @@ from milkglass.collaboration.weights import cap_weights
 from milkglass.collaboration.wire_vector import VectorCodec, pieces
 from milkglass.errors import MessageError
 
-_MOST_SAMPLES: Final = 1 << 40
+MOST_SAMPLES: Final = 1 << 40
 
 
 @final
@@ -130,9 +130,9 @@ def share_from(content: Mapping[str, Any], sealed: bytes) -> Share:
     """A share from what its contributor signed. Raises MessageError."""
     try:
         samples, loss, digest = content["samples"], float(content["loss"]), str(content["digest"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise MessageError("a contribution that does not say how much it is") from None
-    if not isinstance(samples, int) or not 0 <= samples < _MOST_SAMPLES or not math.isfinite(loss):
+    if not isinstance(samples, int) or not 0 <= samples < MOST_SAMPLES or not math.isfinite(loss):
         raise MessageError(f"a contribution of {samples!r} records with a loss of {loss}")
     return Share(samples, loss, digest, sealed)
 

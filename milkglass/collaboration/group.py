@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from milkglass.collaboration.admission import Admission
@@ -68,6 +68,22 @@ class _Search:
 
 
 @final
+class _Unbanned:
+    """Notices for hivemind's matchmaking, without those whom we have caught: we follow no such leader."""
+
+    def __init__(self, notices: Notices, banned: set[bytes]) -> None:
+        self.peer_id, self.store = notices.peer_id, notices.store
+        self._notices, self._banned = notices, banned
+
+    async def get(self, key: str, latest: bool = False, return_future: bool = True) -> Any:
+        """As hivemind's."""
+        found = await self._notices.get(key, latest, return_future)
+        if found is None or not isinstance(found.value, dict):
+            return found
+        return replace(found, value={peer: each for peer, each in found.value.items() if peer not in self._banned})
+
+
+@final
 class Matcher:
     """Finds groups. service: the class whose `rpc_join_group` calls `join` of the other side's matcher."""
 
@@ -79,7 +95,7 @@ class Matcher:
         self._matchmaking = Matchmaking(
             node.p2p,
             digest,
-            Notices(node),
+            _Unbanned(Notices(node), self.banned),
             servicer_type=service,
             prefix=run,
             target_group_size=None,
@@ -95,6 +111,8 @@ class Matcher:
         """Somebody asks to be in our group: shown the door, or handed to hivemind."""
         asking = context.remote_id.to_bytes()
         try:
+            if asking in self.banned:
+                raise MessageError(f"{short_name(asking)}: was caught lying")
             self._read(asking, request.gather)
         except MessageError:
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
@@ -123,6 +141,8 @@ class Matcher:
         if found is None:
             return None
         told = {peer.to_bytes(): words for peer, words in zip(found.peer_ids, found.gathered, strict=True)}
+        if told.get(own.peer_id) != sealed:  # a leader who deals out an old group would have us sign a round twice
+            return None
         return self._group(bytes(found.group_id), told, own)
 
     def _group(self, group_id: bytes, told: Mapping[bytes, bytes], own: Member) -> Group | None:
@@ -130,7 +150,7 @@ class Matcher:
         members = []
         for peer_id, words in told.items():
             try:
-                member = self._read(peer_id, words, ours=peer_id == own.peer_id)
+                member = self._read(peer_id, words)  # of whom we alone have caught the others know nothing: they vote
             except MessageError:
                 continue
             if member.epoch == own.epoch:
@@ -142,10 +162,8 @@ class Matcher:
         told_of = b"".join(member.peer_id + told[member.peer_id] for member in members)
         return Group(hashlib.sha256(group_id + told_of).digest(), tuple(members))
 
-    def _read(self, peer_id: bytes, sealed: bytes, *, ours: bool = False) -> Member:
+    def _read(self, peer_id: bytes, sealed: bytes) -> Member:
         """What a peer says of itself. Raises MessageError for one that may not take part."""
-        if peer_id in self.banned and not ours:
-            raise MessageError(f"{short_name(peer_id)}: was caught lying")
         return read_member(peer_id, unseal(sealed, peer_id, _PURPOSE, self._admission), get_dht_time())
 
 
@@ -162,7 +180,7 @@ def read_member(peer_id: bytes, content: Mapping[str, Any], now: float) -> Membe
             frozenset(bytes.fromhex(peer) for peer in content["bans"]),
         )
         age = now - float(content["time"])
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # such as an infinite epoch
         raise MessageError(f"{name}: says something else than a member does") from None
     if not -_FRESH_SECONDS < age < _FRESH_SECONDS:
         raise MessageError(f"{name}: what it says is {age:.0f} seconds old; are the clocks right?")

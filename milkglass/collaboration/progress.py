@@ -4,20 +4,23 @@ In DeDLOC (Diskin et al. 2021, arXiv 2106.10207) the epoch is the largest that a
 all others throw their work away; and a claim of records counts for what it says. Here
 
 - the epoch is what more than half of the others have reached, and no faster than the speed that they claim;
-- no claim of records, or of speed, counts for more than `cap` times the median of all (`weights.py`).
+- no claim of records, or of speed, counts for more than `cap` times the (lower) median of all who train. Who has none
+  yet counts in that median: else one who claims a full batch, just after a step, had it full by his word alone.
 
-Whoever owns more than half of the volunteers can still lie about both: admission is against that.
+Whoever owns more than half of the volunteers can still lie about both: admission is against that. So can each of two
+who are alone: an epoch, as fast as the speed allows, and `cap` times the other's records.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, final
 
-from milkglass.collaboration.weights import cap_weights
+from milkglass.errors import MessageError
 
 STALE_SECONDS: Final = 30.0
 """What was said longer ago is not believed any more: whoever said it is gone."""
@@ -25,6 +28,8 @@ _GOES_ON_SECONDS: Final = 1.0  # for so long a volunteer is taken to go on at it
 KEPT_STATES: Final = 16
 _FASTER: Final = 4.0  # the speed of a run may grow by so much between two looks at it
 _EPOCHS_AT_ONCE: Final = 2
+_MOST_RECORDS: Final = 1 << 40  # claims of more are no claims, nor are speeds and epochs of more
+_LONGEST_HASH: Final = 64
 _CATCHING_UP: Final = 2  # so far behind is who steps just now, or takes over the state of the others
 
 
@@ -64,11 +69,15 @@ def read_report(content: object, now: float) -> Report | None:
     }
     if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
         return None
+    if max(len(content["recipe"]), len(content["history"])) > _LONGEST_HASH:
+        return None
     if len(content["states"]) > KEPT_STATES or not all(map(_is_state, content["states"])):
         return None
     report = Report(**(content | {"states": tuple((epoch, state) for epoch, state in content["states"])}))
     numbers = (report.rate, report.time, *(() if report.loss is None else (report.loss,)))
-    if not all(map(math.isfinite, numbers)) or min(report.epoch, report.samples, report.rate) < 0:
+    if not all(map(math.isfinite, numbers)) or not all(
+        0 <= each < _MOST_RECORDS for each in (report.epoch, report.samples, report.rate)
+    ):
         return None
     return report if -STALE_SECONDS <= now - report.time <= STALE_SECONDS else None
 
@@ -133,8 +142,8 @@ def judge(
     epoch = max(own.epoch, _reached(list(others.values()), own.time, pace))
     everyone = [own, *others.values()]
     there = [report for report in everyone if report.epoch == epoch]
-    claims = cap_weights([_by_now(report, own.time) for report in there], cap)
-    rates = cap_weights([report.rate for report in everyone], cap)
+    claims = _capped(there, [_by_now(report, own.time) for report in there], cap)
+    rates = _capped(everyone, [report.rate for report in everyone], cap)
     if own.epoch == epoch:  # what it has itself it need not believe
         claims[0] = float(own.samples)
     progress = Progress(
@@ -152,18 +161,34 @@ def judge(
 
 
 def agreed_state(reports: Iterable[Report], epoch: int) -> bytes | None:
-    """What more than half of those who were at that epoch, two at least, say that the state there hashes to."""
-    said = [state for report in reports for at, state in report.states if at == epoch]
+    """What more than half of those who were at that epoch, two at least, say that the state there hashes to.
+
+    None where they differ. Raises MessageError where fewer than half of all say anything of it: nobody can make
+    others take over a state of an epoch that the run has not reached.
+    """
+    states = [dict(report.states) for report in reports]  # one word of each, whatever he repeats
+    said = [each[epoch] for each in states if epoch in each]
+    if 2 * len(said) < len(states):
+        raise MessageError(f"a state of epoch {epoch}, of which {len(said)} of {len(states)} volunteers know")
     return _majority(said) if len(said) > 1 else None
 
 
 def _is_state(entry: object) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int) and isinstance(entry[1], bytes)
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], int):
+        return False
+    return isinstance(entry[1], bytes) and len(entry[1]) <= _LONGEST_HASH
 
 
 def _by_now(report: Report, now: float) -> float:
     """The records that a volunteer has added up, with those since it said so."""
     return report.samples + report.rate * min(max(now - report.time, 0.0), _GOES_ON_SECONDS)
+
+
+def _capped(reports: list[Report], claims: list[float], cap: float) -> list[float]:
+    """Claims, none above `cap` times the lower median of those who train; of an auxiliary none counts."""
+    training = [claim for report, claim in zip(reports, claims, strict=True) if report.trains]
+    most = cap * statistics.median_low(training) if training else 0.0
+    return [min(claim, most) if report.trains else 0.0 for report, claim in zip(reports, claims, strict=True)]
 
 
 def _reached(others: list[Report], now: float, pace: Pace | None) -> int:

@@ -6,7 +6,7 @@ cannot be told so from outside:
 - a part that fails is asked for again in a new round, and never replaced by one's own gradients;
 - the weights are those that contributors claim, capped, and averages say of whom they are made;
 - robust mode: contributions are clipped (`centered_clipping.py`), and each part is reduced by two, one after the other
-  in the ring of those who can (`disputes.py` says what happens where they differ).
+  in a ring that each round draws anew (`disputes.py` says what happens where they differ).
 
 Legend: D numbers of the vector, N members.
 """
@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
+import math
+import statistics
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -24,17 +27,34 @@ import torch
 from torch import Tensor
 
 from milkglass.collaboration.admission import Admission
-from milkglass.collaboration.duty import Average, Averaging, Contribution, Duty, Share, digest_of, share_from
+from milkglass.collaboration.duty import (
+    MOST_SAMPLES,
+    Average,
+    Averaging,
+    Contribution,
+    Duty,
+    Share,
+    digest_of,
+    share_from,
+)
 from milkglass.collaboration.engine import P2PContext, load_balance_peers, runtime_pb2
 from milkglass.collaboration.group import Group
 from milkglass.collaboration.identity import short_name
 from milkglass.collaboration.node import Node
-from milkglass.collaboration.sealed import seal, unseal
+from milkglass.collaboration.sealed import read_json, seal, unseal
 from milkglass.collaboration.wire_vector import pieces
 from milkglass.errors import MessageError, first_line
 
 PURPOSE: Final = "contribution"
 _EQUAL: Final = 1.0
+_WIDEST: Final = 1000.0
+"""A bandwidth counts for so many medians at most, and one over that at least: the linear program fails beyond."""
+
+
+_NOT_BEGUN: Final = 1 / 3
+_DELIVERED: Final = 2 / 3
+_ANSWERED: Final = 5 / 6
+"""Shares of the time-out, after which is left out who has sent nothing, who has not sent all, who has not answered."""
 
 
 class RoundFailedError(Exception):
@@ -77,13 +97,9 @@ def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
     able = [index for index, member in enumerate(group.members) if member.reachable]
     if not able or (robust and len(able) < 2):
         raise RoundFailedError("too few in the group can be reached")
-    bandwidths = [member.bandwidth if member.reachable else 0.0 for member in group.members]
-    if not any(bandwidths):  # none was measured
-        bandwidths = [_EQUAL if member.reachable else 0.0 for member in group.members]
-    sizes = load_balance_peers(numbers, bandwidths)
-    if robust:  # who reduces what cannot be foreseen: two that conspire seldom meet
-        shift = int.from_bytes(group.round_id[:4], "big")
-        able = able[shift % len(able) :] + able[: shift % len(able)]
+    sizes = load_balance_peers(numbers, _bandwidths(group))
+    if robust:  # who reduces with whom cannot be foreseen: two that conspire meet now and then, not always
+        able.sort(key=lambda index: hashlib.sha256(group.round_id + group.members[index].peer_id).digest())
     parts, start = [], 0
     for place, index in enumerate(able):
         stop = start + int(sizes[index])
@@ -92,6 +108,18 @@ def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
             parts.append(Part(start, stop, (index, *second)))
         start = stop
     return parts
+
+
+def _bandwidths(group: Group) -> list[float | None]:
+    """Of each member as the linear program wants them: 0 for who is not reachable, None where not measured."""
+    measured = [member.bandwidth for member in group.members if member.reachable and member.bandwidth is not None]
+    if not measured:
+        return [_EQUAL if member.reachable else 0.0 for member in group.members]
+    middle = statistics.median_low(measured)
+    return [
+        (each.bandwidth and min(max(each.bandwidth / middle, 1 / _WIDEST), _WIDEST)) if each.reachable else 0.0
+        for each in group.members
+    ]
 
 
 @final
@@ -106,7 +134,8 @@ class Round:
     own_D: Tensor | None
     share: Share
     duties: dict[int, Duty] = field(default_factory=dict)
-    arrived: set[int] = field(default_factory=set)
+    arrived: set[tuple[int, int]] = field(default_factory=set)
+    """(part, member) of those who have begun to send."""
     reasons: dict[int, str] = field(default_factory=dict)
     sent: int = 0
     received: int = 0
@@ -128,7 +157,7 @@ class Reductions:
 
     def __init__(self, node: Node, admission: Admission, service: Any, run: str, timeout_seconds: float) -> None:
         self._node, self._admission, self._service, self._run = node, admission, service, run
-        self._timeout = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self.rounds: dict[bytes, Round] = {}
         self._changed = asyncio.Event()
 
@@ -154,9 +183,9 @@ class Reductions:
         waiting = asyncio.create_task(self._stop_waiting(begun))
         try:
             work = [self._of_part(begun, number) for number in range(len(begun.parts))]
-            return await asyncio.wait_for(asyncio.gather(*work), self._timeout)
+            return await asyncio.wait_for(asyncio.gather(*work), self.timeout_seconds)
         except TimeoutError:
-            raise RoundFailedError(f"it took more than {self._timeout:g} seconds") from None
+            raise RoundFailedError(f"it took more than {self.timeout_seconds:g} seconds") from None
         finally:
             waiting.cancel()
 
@@ -167,9 +196,10 @@ class Reductions:
                 duty.close()
 
     async def _stop_waiting(self, begun: Round) -> None:
-        await asyncio.sleep(self._timeout / 3)
-        for duty in begun.duties.values():
-            duty.give_up_waiting(begun.arrived | {begun.own})
+        await asyncio.sleep(_NOT_BEGUN * self.timeout_seconds)
+        for number, duty in begun.duties.items():
+            arrived = {index for part, index in begun.arrived if part == number}
+            duty.give_up_waiting(arrived | {begun.own})
 
     async def _of_part(self, begun: Round, number: int) -> list[Average | None]:
         part = begun.parts[number]
@@ -202,7 +232,11 @@ class Reductions:
                 duty.lose(begun.own)
                 break
             packed = tuple(begun.averaging.pack(begun.own_D[start:stop]))
-            row_D = begun.averaging.read(packed, start, stop)
+            try:
+                row_D = begun.averaging.read(packed, start, stop)
+            except MessageError:  # others do not count it either
+                duty.lose(begun.own)
+                break
             duty.put(block, begun.own, Contribution(share, row_D, packed if begun.averaging.robust else ()))
         with contextlib.suppress(MessageError):
             return _joined([await asyncio.shield(answer) for answer in duty.answers])
@@ -222,15 +256,16 @@ class Reductions:
                 yield self._count(begun, runtime_pb2.ExpertRequest(tensors=[each]))
 
         try:
-            answers = await self._service.stub(peer).rpc_reduce(messages())
-            averages = []
-            for start, stop in begun.blocks(part):
-                averages.append(await self._read_answer(begun, answers, start, stop))
-            return _joined(averages)
+            async with asyncio.timeout(_ANSWERED * self.timeout_seconds):
+                answers = await self._service.stub(peer).rpc_reduce(messages())
+                averages = []
+                for start, stop in begun.blocks(part):
+                    averages.append(await self._read_answer(begun, answers, start, stop))
+                return _joined(averages)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # a stranger's fault or the network's: the part is missing
-            begun.reasons[number] = first_line(error)
+            begun.reasons[number] = "it does not answer" if isinstance(error, TimeoutError) else first_line(error)
             return None
 
     def _count(self, begun: Round, message: Any) -> Any:
@@ -241,7 +276,7 @@ class Reductions:
         packed: list[runtime_pb2.Tensor] = []
         included: tuple[tuple[int, int, float, str], ...] = ()
         for _ in pieces(start, stop):
-            answer = await asyncio.wait_for(anext(answers), self._timeout)
+            answer = await anext(answers)
             begun.received += answer.ByteSize()
             if answer.metadata:
                 included = read_included(answer.metadata, len(begun.group.members))
@@ -253,19 +288,19 @@ class Reductions:
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         """Somebody contributes to a part that we reduce: read what comes, and send averages as they are made."""
         sender = context.remote_id.to_bytes()
-        head = await asyncio.wait_for(anext(requests), self._timeout)
+        head = await asyncio.wait_for(anext(requests), self.timeout_seconds)
         begun, index, number, share = await self._recognize(sender, head)
         begun.received += head.ByteSize()
-        begun.arrived.add(index)
+        begun.arrived.add((number, index))
         duty = begun.duties[number]
         reading = asyncio.create_task(self._read(begun, duty, index, share, requests))
         try:
             for answer in duty.answers:
-                average = await asyncio.wait_for(asyncio.shield(answer), self._timeout)
+                average = await asyncio.wait_for(asyncio.shield(answer), self.timeout_seconds)
                 for place, each in enumerate(average.packed):
                     metadata = json.dumps(average.included).encode() if place == 0 else b""
                     yield self._count(begun, runtime_pb2.ExpertResponse(tensors=[each], metadata=metadata))
-            await asyncio.wait_for(reading, self._timeout)  # whoever still writes would find a closed door
+            await asyncio.wait_for(reading, self.timeout_seconds)  # whoever still writes would find a closed door
         finally:
             if not reading.done():
                 reading.cancel()
@@ -273,9 +308,9 @@ class Reductions:
     async def _recognize(self, sender: bytes, head: runtime_pb2.ExpertRequest) -> tuple[Round, int, int, Share]:
         """Which round, member and part a contribution is for. Raises MessageError for a stranger's."""
         try:
-            told = json.loads(head.uid)
+            told = read_json(head.uid)
             round_id, number = bytes.fromhex(told["round"]), int(told["part"])
-        except (KeyError, TypeError, ValueError):
+        except (MessageError, KeyError, TypeError, ValueError, OverflowError):
             raise MessageError("a contribution to no round") from None
         begun = await self._round(round_id)
         index = begun.group.index(sender)
@@ -288,7 +323,7 @@ class Reductions:
 
     async def _round(self, round_id: bytes) -> Round:
         """A round; one that others know of before us is waited for a moment."""
-        deadline = asyncio.get_running_loop().time() + self._timeout / 3
+        deadline = asyncio.get_running_loop().time() + self.timeout_seconds / 3
         while round_id not in self.rounds:
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
@@ -306,16 +341,17 @@ class Reductions:
         """Take in a contributor's blocks; whatever goes wrong, the rest of them is not waited for."""
         keep = begun.averaging.robust
         try:
-            for block, (start, stop) in enumerate(duty.blocks if share.samples else ()):
-                packed: list[runtime_pb2.Tensor] = []
-                for _ in pieces(start, stop):
-                    request = await asyncio.wait_for(anext(requests), self._timeout / 3)
-                    begun.received += request.ByteSize()
-                    packed.extend(request.tensors)
-                if keep and digest_of(packed) != share.digest:
-                    raise MessageError("pieces that are not those that were signed")
-                row_D = begun.averaging.read(packed, start, stop)
-                duty.put(block, index, Contribution(share, row_D, tuple(packed) if keep else ()))
+            async with asyncio.timeout(_DELIVERED * self.timeout_seconds):
+                for block, (start, stop) in enumerate(duty.blocks if share.samples else ()):
+                    packed: list[runtime_pb2.Tensor] = []
+                    for _ in pieces(start, stop):
+                        request = await asyncio.wait_for(anext(requests), self.timeout_seconds / 3)
+                        begun.received += request.ByteSize()
+                        packed.extend(request.tensors)
+                    if keep and digest_of(packed) != share.digest:
+                        raise MessageError("pieces that are not those that were signed")
+                    row_D = begun.averaging.read(packed, start, stop)
+                    duty.put(block, index, Contribution(share, row_D, tuple(packed) if keep else ()))
         except (MessageError, TimeoutError, StopAsyncIteration):
             pass
         finally:
@@ -339,10 +375,12 @@ def read_included(metadata: bytes, members: int) -> tuple[tuple[int, int, float,
         read = tuple(
             (int(i), int(samples), float(loss), str(digest)) for i, samples, loss, digest in json.loads(metadata)
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MessageError(f"an average that does not say of whom it is made: {first_line(error)}") from None
-    if any(not 0 <= index < members or samples < 0 for index, samples, _, _ in read):
-        raise MessageError("an average of somebody who is not of the group")
+    if any(not 0 <= index < members for index, *_ in read) or len({index for index, *_ in read}) < len(read):
+        raise MessageError("an average of somebody who is not of the group, or twice of one")
+    if any(not 0 <= samples < MOST_SAMPLES or not math.isfinite(loss) for _, samples, loss, _ in read):
+        raise MessageError("an average of more records than there can be")
     return read
 
 

@@ -17,12 +17,12 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from milkglass.errors import MessageError, first_line
 from milkglass.parties import Party
@@ -30,6 +30,7 @@ from milkglass.runs import tensors_as_bytes
 
 _CENTER: Final = "center"
 _HEAD: Final = "head"
+_MOST_EPOCHS: Final = 1 << 40
 
 
 @final
@@ -108,7 +109,7 @@ class Replica:
         if recipe != self._recipe:
             raise MessageError("a state of another recipe")
         with self._lock:
-            self._check(tensors)
+            self._check(tensors, epoch)
             center_D = tensors.pop(_CENTER, None)
             self._party.load_weights(tensors, with_optimizer=True)
             self.center_D = center_D if self._robust else None
@@ -125,23 +126,35 @@ class Replica:
             tensors[_CENTER] = self.center_D
         return tensors_as_bytes(tensors)
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        own = self._party.weights()
-        missing = own.keys() - tensors.keys()
+    def _check(self, tensors: Mapping[str, Tensor], epoch: int) -> None:
+        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in self._party.weights().items()}
+        if epoch > 0:  # the optimizer remembers something
+            for slot, scalar in _slots(self._party.optimizer).items():
+                for index, each in enumerate(self._learning):
+                    forms[f"optimizer.{index}.{slot}"] = (torch.Size([]) if scalar else each.shape, torch.float32)
+        if epoch > 0 and self._robust:
+            forms[_CENTER] = (torch.Size([self.numbers]), torch.float32)
+        missing = forms.keys() - tensors.keys()
         if missing:
             raise MessageError(f"a state without {min(missing)}")
-        sizes = {each.shape for each in self._learning} | {torch.Size([])}
         for name, tensor in tensors.items():
-            known = name == _CENTER or (
-                name in own and tensor.shape == own[name].shape and tensor.dtype == own[name].dtype
-            )
-            if not known and not (name.startswith("optimizer.") and tensor.shape in sizes):
-                raise MessageError(f"a state with {name} of shape {tuple(tensor.shape)}, which is not in the network")
+            if name not in forms or (tensor.shape, tensor.dtype) != forms[name]:
+                form = f"{name} of shape {tuple(tensor.shape)}, {tensor.dtype}"
+                raise MessageError(f"a state with {form}, which a replica here has not")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise MessageError(f"a state in which {name} is not finite")
-        center_D = tensors.get(_CENTER)
-        if center_D is not None and (center_D.shape != (self.numbers,) or center_D.dtype != torch.float32):
-            raise MessageError("a state whose last average is of another length")
+
+
+def _slots(optimizer: torch.optim.Optimizer | None) -> dict[str, bool]:
+    """What an optimizer remembers of each parameter after a step, by name; True: one number, not one for each."""
+    if optimizer is None:
+        return {}
+    trial = nn.Parameter(torch.zeros(2))
+    trial.grad = torch.zeros(2)
+    kind: Any = type(optimizer)
+    other = kind([trial], **optimizer.defaults)
+    other.step()
+    return {name: value.dim() == 0 for name, value in other.state[trial].items() if isinstance(value, Tensor)}
 
 
 def epoch_of(content: bytes) -> int:
@@ -155,8 +168,8 @@ def _read(content: bytes) -> tuple[dict[str, Tensor], bytes, int, bytes]:
         tensors = load_tensors(content)
         head = json.loads(bytes(tensors.pop(_HEAD).tolist()))
         epoch, history, recipe = int(head["epoch"]), bytes.fromhex(head["history"]), bytes.fromhex(head["recipe"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MessageError(f"a state that cannot be read: {first_line(error)}") from None
-    if epoch < 0:
-        raise MessageError(f"a state of epoch {epoch}")
+    if not 0 <= epoch < _MOST_EPOCHS or len(history) != hashlib.sha256().digest_size:
+        raise MessageError(f"a state of epoch {epoch} with a history of {len(history)} bytes")
     return tensors, recipe, epoch, history

@@ -37,12 +37,20 @@ def unseal(sealed: bytes, author: bytes, purpose: str, admission: Admission) -> 
     if not signed_by(author, _signed(purpose, body), signature):
         raise MessageError(f"{name}: a message with a wrong signature")
     try:
-        content = json.loads(body)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise MessageError(f"{name}: a signed message that is no JSON object")
-    return content
+        return read_json(body)
+    except MessageError:
+        raise MessageError(f"{name}: a signed message that is no JSON object") from None
+
+
+def read_json(content: bytes | str) -> dict[str, Any]:
+    """A JSON object that a stranger wrote. Raises MessageError."""
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError):  # brackets in brackets, thousands deep
+        read = None
+    if not isinstance(read, dict):
+        raise MessageError("no JSON object")
+    return read
 
 
 def _signed(purpose: str, body: bytes) -> bytes:

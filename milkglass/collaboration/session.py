@@ -117,14 +117,13 @@ class Session:
         """Read the notice board now."""
         self.node.run(self.board.look(), self._section.timeout_seconds)
 
-    def measure(self) -> float | None:
-        """Measure the bandwidth with others, once, and again as the run has grown; bytes per second, or None."""
+    def measure(self) -> concurrent.futures.Future[None] | None:
+        """Measure the bandwidth with others, and again as the run has grown, beside the training; None: no need."""
         peers = [peer for peer, report in self.others.items() if report.reachable]
-        if min(len(peers), PARTNERS) >= max(_GROWTH * self._measured_with, 1):
-            found = self.node.run(measure(self._service, peers, self._admission.token))
-            self._measured_with = min(len(peers), PARTNERS)
-            self.bandwidth = found or self.bandwidth
-        return self.bandwidth
+        if min(len(peers), PARTNERS) < max(_GROWTH * self._measured_with, 1):
+            return None
+        self._measured_with = min(len(peers), PARTNERS)
+        return self.node.begin(self._measure(peers))
 
     def find_group(self, expected: int) -> concurrent.futures.Future[Group | None]:
         """Look for others to average with at this epoch, in the background."""
@@ -173,6 +172,9 @@ class Session:
         with contextlib.suppress(Exception):
             await self.board.leave()
             await self._service.close()
+
+    async def _measure(self, peers: Sequence[bytes]) -> None:
+        self.bandwidth = await measure(self._service, peers, self._admission.token) or self.bandwidth
 
     async def _remember(self) -> None:
         """Note others' addresses, to come back by if the daemon dies."""

@@ -22,6 +22,8 @@ from milkglass.errors import MessageError
 
 _PIECE: Final = 1 << 18
 _MOST_BYTES: Final = 1 << 36
+_LOOKS: Final = 4
+_LOOK_SECONDS: Final = 0.5
 
 
 @final
@@ -74,13 +76,13 @@ async def download(
     """The state of the first of `peers` who gives one that holds.
 
     agreed: what the state of an epoch hashes to, where most agree: asked when it has arrived, as training goes on
-    meanwhile. Raises MessageError, which says of each why not.
+    meanwhile; it raises MessageError where too few know of that epoch. Raises MessageError, which says of each why not.
     """
     why = []
     for peer in peers:
         try:
             content = await _fetch(service, peer, token, timeout_seconds)
-            expected = await agreed(epoch_of(content))
+            expected = await _asked(agreed, epoch_of(content))
             if expected is not None and hashlib.sha256(content).digest() != expected:
                 raise MessageError("its state is not the one that most have")
             version = await asyncio.get_running_loop().run_in_executor(None, replica.load, content)
@@ -92,6 +94,16 @@ async def download(
         except Exception:
             why.append(f"{short_name(peer)}: does not answer")
     raise MessageError("; ".join(why) or "nobody is there who can be asked")
+
+
+async def _asked(agreed: Callable[[int], Awaitable[bytes | None]], epoch: int) -> bytes | None:
+    """What most say of an epoch; the others' word of one that was reached just now is waited for."""
+    for _ in range(_LOOKS - 1):
+        try:
+            return await agreed(epoch)
+        except MessageError:
+            await asyncio.sleep(_LOOK_SECONDS)
+    return await agreed(epoch)
 
 
 async def _fetch(service: Any, peer: bytes, token: bytes, timeout_seconds: float) -> bytes:

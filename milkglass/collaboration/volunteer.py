@@ -28,6 +28,7 @@ from milkglass.errors import LinkError, MessageError, MilkglassError
 LEAD_SECONDS: Final = 0.5
 """A group is looked for so long before the batch is expected to be full."""
 _POLL_SECONDS: Final = 0.02
+_LINGER_SECONDS: Final = 0.5
 _RATE_MEMORY: Final = 0.8
 _MOST_NOT_FINITE: Final = 20
 
@@ -104,7 +105,9 @@ class Volunteer:
     def train(self, session: Session) -> None:
         """To the run's end. Raises LinkError where the daemon ends or the admission is withdrawn."""
         session.look()
-        session.measure()
+        measuring = session.measure()
+        if measuring is not None:
+            measuring.result()
         session.board.is_newcomer = bool(session.others)
         while not self.finished:
             withdrawn = self._withdrawn()
@@ -113,6 +116,15 @@ class Volunteer:
             if not session.node.alive:
                 raise ConnectionError("the peer-to-peer daemon has ended")
             self._turn(session)
+
+    def wait_for_others(self, session: Session, most_seconds: float) -> None:
+        """After the end: stay while others are not there yet, for they may need our part, or the state."""
+        begun = time.monotonic()
+        time.sleep(_LINGER_SECONDS)
+        while time.monotonic() - begun < most_seconds and session.node.alive:
+            if all(report.epoch >= self._epochs for report in session.others.values()):
+                return
+            time.sleep(_POLL_SECONDS)
 
     def _turn(self, session: Session) -> None:
         progress = session.progress()
@@ -213,8 +225,8 @@ class Volunteer:
         self._not_finite += 1
         if self._not_finite >= _MOST_NOT_FINITE:
             raise MilkglassError(
-                f"epoch {self._replica.epoch}: gradients are not finite, {self._not_finite} times in a row; training has "
-                "diverged: lower training.learning_rate"
+                f"epoch {self._replica.epoch}: gradients are not finite, {self._not_finite} times in a row; training "
+                "has diverged: lower training.learning_rate"
             )
         return None
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -107,9 +108,8 @@ def picture(seen: dict[str, Any]) -> Group:
     """The same for a terminal."""
     epoch = "no volunteer is there" if seen["epoch"] is None else f"epoch {seen['epoch']} of {seen['epochs']}"
     loss = "" if seen["loss"] is None else f", loss {seen['loss']:.4f}"
-    head = Text(
-        f"{seen['run']}: {epoch}, {seen['samples']:,} of {seen['target']:,} records, {seen['rate']:,.0f} records/s{loss}"
-    )
+    batch = f"{seen['samples']:,} of {seen['target']:,} records, {seen['rate']:,.0f} records/s"
+    head = Text(f"{seen['run']}: {epoch}, {batch}{loss}")
     bar = ProgressBar(total=seen["target"], completed=min(seen["samples"], seen["target"]), width=60)
     table = Table("volunteer", "", "epoch", "records", "share", "records/s", "loss", "seen", box=None)
     for column in table.columns[2:]:
@@ -126,4 +126,4 @@ def picture(seen: dict[str, Any]) -> Group:
             "" if each["loss"] is None else f"{each['loss']:.4f}",
             f"{each['seconds_ago']:.0f} s ago",
         )
-    return Group(head, bar, table)
+    return Group(head, Padding(bar, (0, 0, 1, 0)), table)

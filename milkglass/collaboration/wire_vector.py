@@ -28,7 +28,8 @@ PIECE: Final = 1 << 17
 """Numbers in a piece: 512 KiB of float32, as in hivemind."""
 _SPARSE: Final = "sparse_float32"
 _INT8: Final = "int8_blocks"
-_DTYPES: Final = {"float32", "float16", _SPARSE, _INT8}
+_DTYPES: Final = {"float32", _SPARSE, _INT8}
+_FORMS: Final = {NoCompression.compression_type, Float16Compression.compression_type}
 _BLOCK: Final = 1024
 
 
@@ -63,12 +64,6 @@ class VectorCodec:
             raise MessageError(f"a piece of shape {tuple(piece_D.shape)}; expected ({numbers},)")
         return piece_D
 
-    def as_received(self, piece_D: Tensor) -> Tensor:
-        """What others read of a piece, for the one who sends it."""
-        if self._compress in ("none", "gaussian_k"):
-            return piece_D
-        return self.unpack(self.pack(piece_D), len(piece_D))
-
 
 def pieces(start: int, stop: int) -> list[tuple[int, int]]:
     """Where the pieces of a slice begin and end."""
@@ -76,8 +71,8 @@ def pieces(start: int, stop: int) -> list[tuple[int, int]]:
 
 
 def _dense(message: runtime_pb2.Tensor, numbers: int) -> Tensor:
-    if len(message.buffer) > 4 * numbers:
-        raise ValueError("more bytes than numbers")
+    if message.compression not in _FORMS or len(message.buffer) > 4 * numbers:
+        raise ValueError("another form of compression, or more bytes than numbers")
     read: Tensor = deserialize_torch_tensor(message)
     return read.detach().float()
 
@@ -87,12 +82,12 @@ def _sparse(message: runtime_pb2.Tensor, numbers: int) -> Tensor:
     if len(buffer) % 8 or len(buffer) > 8 * numbers:
         raise ValueError("not as many places as values")
     half = len(buffer) // 2
-    places_K = np.frombuffer(buffer[:half], np.int32)
+    places_K = np.frombuffer(buffer[:half], np.int32).astype(np.int64)
     values_K = np.frombuffer(buffer[half:], np.float32)
     if len(places_K) and (places_K[0] < 0 or places_K[-1] >= numbers or not (np.diff(places_K) > 0).all()):
         raise ValueError("places that are not in order, or not there")
     piece_D = torch.zeros(numbers)
-    piece_D[torch.from_numpy(places_K.astype(np.int64))] = torch.from_numpy(values_K.copy())
+    piece_D[torch.from_numpy(places_K)] = torch.from_numpy(values_K.copy())
     return piece_D
 
 

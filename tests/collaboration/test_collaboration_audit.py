@@ -301,6 +301,7 @@ def test_the_audit_of_a_run_and_its_report(capsys: pytest.CaptureFixture[str], r
     assert "the network&#39;s weights" in page
     assert "private data do not belong" in page
     assert "at the start records" not in page
+    assert "An honest-but-curious server" not in page
     assert page.count("data:image/png") >= 24  # records, rebuilt ones, the mean
 
 
