@@ -122,7 +122,7 @@ def plain_loop(path: Path, key: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     task, order, target = task_of(recipe), read_key(key).generator("order"), recipe.collaboration.target_batch
     adam = torch.optim.Adam(task.network.parameters(), lr=recipe.training.learning_rate)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, recipe.training.decay_steps)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, recipe.collaboration.epochs)
     losses = []
     for _ in range(recipe.collaboration.epochs):
         adam.zero_grad()

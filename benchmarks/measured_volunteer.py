@@ -4,9 +4,10 @@
         [--bandwidth measured|none|BYTES_PER_SECOND]
 
 A line for each epoch goes to <RUN>.jsonl: that of metrics.jsonl, with the seconds of forward and backward passes in it
-(`compute_seconds`), and what this volunteer told its group that its bandwidth is. --go: it connects, and begins to
-train once this file is there, so that several begin together. --bandwidth: `none` says nothing, and parts are equal
-where all do so; a number is said in place of what would be measured.
+(`compute_seconds`), what this volunteer told its group that its bandwidth is, and when its averaging began and ended by
+the machine's clock. --go: it connects, and begins to train once this file is there, so that several begin together.
+--bandwidth: `none` says nothing, and parts are equal where all do so; a number is said in place of what would be
+measured.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Measured:
         self._given = bandwidth
         self._compute_seconds = 0.0
         self._bandwidth: float | None = None
+        self._averaged = (0.0, 0.0)
 
     def install(self) -> None:
         """From now on `Gradients.add` is timed, `Session.average` is watched, and `Session.measure` as was told."""
@@ -53,7 +55,12 @@ class Measured:
 
     def line(self, line: dict[str, Any]) -> dict[str, Any]:
         """An epoch's line with what was measured in it; the next epoch begins."""
-        more = {"compute_seconds": self._compute_seconds, "bandwidth": self._bandwidth}
+        more = {
+            "compute_seconds": self._compute_seconds,
+            "bandwidth": self._bandwidth,
+            "averaging_began": self._averaged[0],
+            "averaging_ended": self._averaged[1],
+        }
         self._compute_seconds = 0.0
         return line | more
 
@@ -71,7 +78,10 @@ class Measured:
         def watched(session: Session, group: Group, *rest: Any) -> Any:
             own = group.index(session.node.identity.peer_id)
             self._bandwidth = None if own is None else group.members[own].bandwidth
-            return average(session, group, *rest)
+            begun = time.monotonic()
+            found = average(session, group, *rest)
+            self._averaged = begun, time.monotonic()
+            return found
 
         return watched
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Final, final
 
 from milkglass.collaboration.engine import get_dht_time
-from milkglass.collaboration.node import Node
+from milkglass.collaboration.node import BROKEN, Node
 from milkglass.collaboration.progress import STALE_SECONDS, Report, read_report
 
 _LOOK_SECONDS: Final = 0.25
+_HURRY_SECONDS: Final = 0.05
 _REPEAT_SECONDS: Final = STALE_SECONDS / 4
 
 
@@ -28,6 +29,8 @@ class Board:
         self._told: tuple[int, int] | None = None
         self._told_at = 0.0
         self.is_newcomer = True
+        self.hurry = False
+        """Set while a batch is about to be full: then it counts how soon all know."""
         self.reports: dict[bytes, Report] = {}
         """By peer id, those of others that are not stale."""
 
@@ -35,10 +38,11 @@ class Board:
         """Tell and look, again and again."""
         while True:
             begun = time.monotonic()
-            with contextlib.suppress(ConnectionError, OSError):  # a daemon that has ended is noticed elsewhere
+            with contextlib.suppress(*BROKEN):  # a daemon that has ended is noticed elsewhere
                 await self.tell()
                 await self.look()
-            await asyncio.sleep(max(_LOOK_SECONDS - (time.monotonic() - begun), 0.02))
+            pause = _HURRY_SECONDS if self.hurry else _LOOK_SECONDS
+            await asyncio.sleep(max(pause - (time.monotonic() - begun), _HURRY_SECONDS / 2))
 
     async def tell(self) -> None:
         """Put up our report, if something has changed or it grows old."""

@@ -25,7 +25,7 @@ from milkglass.collaboration.session import Agreed, Place, connected
 from milkglass.collaboration.tasks import Task, task_of
 from milkglass.collaboration.token_admission import TokenAdmission, read_pass
 from milkglass.collaboration.volunteer import Volunteer
-from milkglass.errors import RecipeError, RunError
+from milkglass.errors import LinkError, RecipeError, RunError
 from milkglass.parties import Party
 from milkglass.randomness import Source
 from milkglass.recipe import Recipe
@@ -222,10 +222,14 @@ def _to_the_end(
                 if session.others:
                     volunteer.wait_for_others(session, agreed.recipe.collaboration.timeout_seconds)
                 return {"state_bytes_sent": sent + session.states.bytes_sent, "daemon_restarts": restarts}
-            except ConnectionError:
+            except (ConnectionError, LinkError):
                 restarts, sent = restarts + 1, sent + session.states.bytes_sent
-                if session.node.alive or restarts > _MOST_RESTARTS:
+                if session.node.alive:
                     raise
+                if restarts > _MOST_RESTARTS:
+                    raise LinkError(
+                        f"the peer-to-peer daemon has ended {restarts} times; expected one that lasts"
+                    ) from None
                 known = tuple(dict.fromkeys([*place.peers, *session.known]))
         note("the peer-to-peer daemon has ended; starting another, to go on where it was")
 

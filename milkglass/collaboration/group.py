@@ -10,7 +10,7 @@ Two peers of different epochs never meet: each epoch has a key of its own in the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -68,19 +68,19 @@ class _Search:
 
 
 @final
-class _Unbanned:
-    """Notices for hivemind's matchmaking, without those whom we have caught: we follow no such leader."""
+class _Unshunned:
+    """Notices for hivemind's matchmaking, without those whom we shun: we follow no such leader."""
 
-    def __init__(self, notices: Notices, banned: set[bytes]) -> None:
+    def __init__(self, notices: Notices, is_shunned: Callable[[bytes], bool]) -> None:
         self.peer_id, self.store = notices.peer_id, notices.store
-        self._notices, self._banned = notices, banned
+        self._notices, self._is_shunned = notices, is_shunned
 
     async def get(self, key: str, latest: bool = False, return_future: bool = True) -> Any:
         """As hivemind's."""
         found = await self._notices.get(key, latest, return_future)
         if found is None or not isinstance(found.value, dict):
             return found
-        return replace(found, value={peer: each for peer, each in found.value.items() if peer not in self._banned})
+        return replace(found, value={peer: each for peer, each in found.value.items() if not self._is_shunned(peer)})
 
 
 @final
@@ -92,10 +92,14 @@ class Matcher:
     ) -> None:
         self._node, self._admission, self._seconds = node, admission, seconds
         self.banned: set[bytes] = set()
+        """Whom we have caught. They are shunned, but for every other search where that finds nobody: if we alone have
+        caught one, the others may follow him, and have us in that group. The group votes on whom it leaves out.
+        """
+        self._shuns = True
         self._matchmaking = Matchmaking(
             node.p2p,
             digest,
-            _Unbanned(Notices(node), self.banned),
+            _Unshunned(Notices(node), self._is_shunned),
             servicer_type=service,
             prefix=run,
             target_group_size=None,
@@ -111,7 +115,7 @@ class Matcher:
         """Somebody asks to be in our group: shown the door, or handed to hivemind."""
         asking = context.remote_id.to_bytes()
         try:
-            if asking in self.banned:
+            if self._is_shunned(asking):
                 raise MessageError(f"{short_name(asking)}: was caught lying")
             self._read(asking, request.gather)
         except MessageError:
@@ -122,6 +126,15 @@ class Matcher:
 
     async def find(self, own: Member, expected: int, timeout_seconds: float) -> Group | None:
         """A group for that epoch, or None in that time. expected: begin as soon as so many are there."""
+        found = None
+        try:
+            found = await self._search(own, expected, timeout_seconds)
+        finally:
+            if found is None:
+                self._shuns = not self._shuns
+        return found
+
+    async def _search(self, own: Member, expected: int, timeout_seconds: float) -> Group | None:
         content = {
             "epoch": own.epoch,
             "bandwidth": own.bandwidth,
@@ -161,6 +174,9 @@ class Matcher:
         members.sort(key=lambda member: member.peer_id)
         told_of = b"".join(member.peer_id + told[member.peer_id] for member in members)
         return Group(hashlib.sha256(group_id + told_of).digest(), tuple(members))
+
+    def _is_shunned(self, peer_id: bytes) -> bool:
+        return self._shuns and peer_id in self.banned
 
     def _read(self, peer_id: bytes, sealed: bytes) -> Member:
         """What a peer says of itself. Raises MessageError for one that may not take part."""

@@ -13,6 +13,7 @@ import contextlib
 import ipaddress
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ _LEAVE_SECONDS: Final = 10.0
 _DAEMON_SECONDS: Final = 2.0
 _FIND_AGAIN_SECONDS: Final = 0.05
 T = TypeVar("T")
+BROKEN: Final = (OSError, P2PDaemonError, asyncio.IncompleteReadError)
+"""What is raised where the daemon has ended, or a call of it fails."""
 
 
 @final
@@ -102,8 +105,8 @@ class Node:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise TimeoutError from None
-        except (ConnectionError, P2PDaemonError, asyncio.IncompleteReadError) as error:
-            if self.p2p is not None and not self.alive:
+        except BROKEN as error:
+            if self.p2p is not None and self._has_ended():
                 raise LinkError(
                     f"the peer-to-peer daemon has ended ({first_line(error)}); start the volunteer again"
                 ) from None
@@ -112,6 +115,13 @@ class Node:
     def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Do it in the event loop, and do not wait."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _has_ended(self) -> bool:
+        """Whether the daemon has ended. Its calls fail a moment before that is known."""
+        end = time.monotonic() + _DAEMON_SECONDS
+        while self.alive and time.monotonic() < end:
+            time.sleep(_FIND_AGAIN_SECONDS)
+        return not self.alive
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -24,7 +24,6 @@ from milkglass.errors import MessageError
 
 STALE_SECONDS: Final = 30.0
 """What was said longer ago is not believed any more: whoever said it is gone."""
-_GOES_ON_SECONDS: Final = 1.0  # for so long a volunteer is taken to go on at its speed without saying so
 KEPT_STATES: Final = 16
 _FASTER: Final = 4.0  # the speed of a run may grow by so much between two looks at it
 _EPOCHS_AT_ONCE: Final = 2
@@ -63,11 +62,11 @@ def read_report(content: object, now: float) -> Report | None:
     """The report in an entry of the DHT; None where it is none, or of another time."""
     if not isinstance(content, dict) or set(content) != {field.name for field in fields(Report)}:
         return None
-    kinds: dict[str, type | tuple[type, ...]] = {
-        **{"epoch": int, "samples": int, "rate": float, "time": float, "reachable": bool, "trains": bool},
-        **{"recipe": bytes, "history": bytes, "states": list, "loss": (float, type(None))},
+    kinds: dict[str, tuple[type, ...]] = {
+        **{"epoch": (int,), "samples": (int,), "rate": (float,), "time": (float,), "reachable": (bool,)},
+        **{"trains": (bool,), "recipe": (bytes,), "history": (bytes,), "states": (list,), "loss": (float, type(None))},
     }
-    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+    if not all(type(content[name]) in kind for name, kind in kinds.items()):  # True is no number here
         return None
     if max(len(content["recipe"]), len(content["history"])) > _LONGEST_HASH:
         return None
@@ -142,7 +141,7 @@ def judge(
     epoch = max(own.epoch, _reached(list(others.values()), own.time, pace))
     everyone = [own, *others.values()]
     there = [report for report in everyone if report.epoch == epoch]
-    claims = _capped(there, [_by_now(report, own.time) for report in there], cap)
+    claims = _capped(there, [float(report.samples) for report in there], cap)
     rates = _capped(everyone, [report.rate for report in everyone], cap)
     if own.epoch == epoch:  # what it has itself it need not believe
         claims[0] = float(own.samples)
@@ -174,14 +173,9 @@ def agreed_state(reports: Iterable[Report], epoch: int) -> bytes | None:
 
 
 def _is_state(entry: object) -> bool:
-    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], int):
+    if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int:
         return False
     return isinstance(entry[1], bytes) and len(entry[1]) <= _LONGEST_HASH
-
-
-def _by_now(report: Report, now: float) -> float:
-    """The records that a volunteer has added up, with those since it said so."""
-    return report.samples + report.rate * min(max(now - report.time, 0.0), _GOES_ON_SECONDS)
 
 
 def _capped(reports: list[Report], claims: list[float], cap: float) -> list[float]:

@@ -325,15 +325,13 @@ class Reductions:
         """A round; one that others know of before us is waited for a moment."""
         deadline = asyncio.get_running_loop().time() + self.timeout_seconds / 3
         while round_id not in self.rounds:
+            changed = self._changed  # that of now: `begin` sets it and makes another
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 raise MessageError("a round that is not known here")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._wait_for_change()), left)
+                await asyncio.wait_for(changed.wait(), left)
         return self.rounds[round_id]
-
-    async def _wait_for_change(self) -> None:
-        await self._changed.wait()
 
     async def _read(
         self, begun: Round, duty: Duty, index: int, share: Share, requests: AsyncIterator[runtime_pb2.ExpertRequest]

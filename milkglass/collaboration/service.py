@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, AsyncIterator, Final, final  # noqa: UP035 - hivemind knows typing's own alone
 
 from milkglass.collaboration.admission import Admission
-from milkglass.collaboration.bandwidth import answer_probe
+from milkglass.collaboration.bandwidth import Probes
 from milkglass.collaboration.engine import P2P, P2PContext, PeerID, ServicerBase, averaging_pb2, runtime_pb2
 from milkglass.collaboration.node import Node
 
@@ -49,6 +49,7 @@ class Service(ServicerBase):  # type: ignore[misc]  # hivemind has no types
 
     def __init__(self, node: Node, run: str, admission: Admission) -> None:
         self._node, self._run, self._admission = node, run, admission
+        self.probes = Probes()
         self.matcher: Any = None
         self.reductions: Any = None
         self.disputes: Any = None
@@ -100,5 +101,5 @@ class Service(ServicerBase):  # type: ignore[misc]  # hivemind has no types
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         """Somebody measures the bandwidth between us."""
-        async for answer in answer_probe(requests, context.remote_id.to_bytes(), self._admission):
+        async for answer in self.probes.answer(requests, context.remote_id.to_bytes(), self._admission):
             yield answer

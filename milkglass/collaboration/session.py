@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from milkglass.collaboration.admission import Admission
-from milkglass.collaboration.bandwidth import PARTNERS, measure
+from milkglass.collaboration.bandwidth import PARTNERS
 from milkglass.collaboration.board import Board
 from milkglass.collaboration.disputes import Disputes
 from milkglass.collaboration.duty import Averaging
 from milkglass.collaboration.engine import P2P
 from milkglass.collaboration.group import Group, Matcher, Member
 from milkglass.collaboration.identity import Identity, peer_name
-from milkglass.collaboration.node import Node, peer_of
+from milkglass.collaboration.node import BROKEN, Node, peer_of
 from milkglass.collaboration.progress import Pace, Progress, Report, agreed_state, judge
 from milkglass.collaboration.reduction import Outcome, Reductions, RoundFailedError, outcome
 from milkglass.collaboration.replica import Replica
@@ -35,7 +36,8 @@ from milkglass.collaboration.wire_vector import VectorCodec
 from milkglass.errors import LinkError, RecipeError
 from milkglass.recipe import Recipe, first_difference, parse_recipe
 
-_GROWTH: Final = 2
+_MEASUREMENTS: Final = 3
+_MEASURE_SECONDS: Final = 2.0
 _REMEMBER_SECONDS: Final = 2.0
 
 
@@ -96,7 +98,8 @@ class Session:
         self._service.matcher, self._service.reductions = self._matcher, self._reductions
         self._service.disputes, self._service.states = self._disputes, self.states
         self._pace = Pace(section.target_batch)
-        self._measured_with = 0
+        self._measured_with = self._measurements = 0
+        self._averages = False
         self._last_round: bytes | None = None
         self.bandwidth: float | None = None
         self.caught: set[bytes] = set()
@@ -115,15 +118,13 @@ class Session:
 
     def look(self) -> None:
         """Read the notice board now."""
-        self.node.run(self.board.look(), self._section.timeout_seconds)
+        with contextlib.suppress(TimeoutError):  # what was seen last is still there
+            self.node.run(self.board.look(), self._section.timeout_seconds)
 
-    def measure(self) -> concurrent.futures.Future[None] | None:
-        """Measure the bandwidth with others, and again as the run has grown, beside the training; None: no need."""
-        peers = [peer for peer, report in self.others.items() if report.reachable]
-        if min(len(peers), PARTNERS) < max(_GROWTH * self._measured_with, 1):
-            return None
-        self._measured_with = min(len(peers), PARTNERS)
-        return self.node.begin(self._measure(peers))
+    def measure_first(self) -> None:
+        """Measure the bandwidth with those who are there, before taking part."""
+        if self._partners():
+            self.node.run(self._measure())
 
     def find_group(self, expected: int) -> concurrent.futures.Future[Group | None]:
         """Look for others to average with at this epoch, in the background."""
@@ -139,11 +140,14 @@ class Session:
 
     def average(self, group: Group, own_D: Tensor | None, samples: int, loss: float) -> Outcome:
         """Average with a group; own_D: our gradients, None to listen alone. Raises RoundFailedError."""
+        self._averages = True
         try:
             found = self.node.run(self._average(group, own_D, samples, loss))
         except RoundFailedError as error:
             self._catch(error.caught)
             raise
+        finally:
+            self._averages = False
         self._catch(found.caught)
         return found
 
@@ -161,7 +165,9 @@ class Session:
             await greeting.add_p2p_handlers(self.node.p2p)
         await self._service.open()
         await self.board.look()
-        self._keeping = [asyncio.create_task(work) for work in (self.board.keep(), self._remember())]
+        self._keeping = [
+            asyncio.create_task(work) for work in (self.board.keep(), self._remember(), self._keep_measuring())
+        ]
 
     async def close(self) -> None:
         """Say goodbye."""
@@ -173,13 +179,33 @@ class Session:
             await self.board.leave()
             await self._service.close()
 
-    async def _measure(self, peers: Sequence[bytes]) -> None:
-        self.bandwidth = await measure(self._service, peers, self._admission.token) or self.bandwidth
+    def _partners(self) -> list[bytes]:
+        """With whom to measure: nobody, for one who reduces nothing."""
+        able = [peer for peer, report in self.others.items() if report.reachable]
+        return able[:PARTNERS] if self._place.reachable else []
+
+    async def _measure(self) -> None:
+        partners = self._partners()
+        found = await self._service.probes.measure(self._service, partners, self._admission.token)
+        if found is None:
+            return  # somebody is being measured by another just now
+        if len(partners) > self._measured_with:
+            self._measured_with, self._measurements = len(partners), 0
+        self._measurements += 1
+        self.bandwidth = max(found, self.bandwidth or 0.0)
+
+    async def _keep_measuring(self) -> None:
+        """A few times, and again as the run has grown: traffic of others only lessens what is seen."""
+        while True:
+            await asyncio.sleep(_MEASURE_SECONDS * (0.5 + secrets.randbelow(1000) / 1000))
+            grown = len(self._partners()) > self._measured_with
+            if not self._averages and (grown or 0 < self._measurements < _MEASUREMENTS):
+                await self._measure()
 
     async def _remember(self) -> None:
         """Note others' addresses, to come back by if the daemon dies."""
         while True:
-            with contextlib.suppress(ConnectionError, OSError):
+            with contextlib.suppress(*BROKEN):
                 self.known = await _addresses(self.node.p2p) or self.known
             await asyncio.sleep(_REMEMBER_SECONDS)
 

@@ -105,9 +105,7 @@ class Volunteer:
     def train(self, session: Session) -> None:
         """To the run's end. Raises LinkError where the daemon ends or the admission is withdrawn."""
         session.look()
-        measuring = session.measure()
-        if measuring is not None:
-            measuring.result()
+        session.measure_first()
         session.board.is_newcomer = bool(session.others)
         while not self.finished:
             withdrawn = self._withdrawn()
@@ -132,8 +130,8 @@ class Volunteer:
             self._catch_up(session)
             return
         session.board.is_newcomer = False
-        if progress.peers > 1 and self._matching is None and progress.seconds_left <= LEAD_SECONDS:
-            session.measure()
+        session.board.hurry = progress.peers > 1 and progress.seconds_left <= LEAD_SECONDS
+        if session.board.hurry and self._matching is None:
             self._matching = session.find_group(progress.here)
         if not progress.ready:
             self._ready_since = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -47,7 +48,8 @@ def watch(recipe: Recipe, peers: tuple[str, ...], pass_folder: Path | None) -> N
     ):
         board = Board(node, recipe.collaboration.run, None)
         while node.alive:
-            node.run(board.look(), recipe.collaboration.timeout_seconds)
+            with contextlib.suppress(TimeoutError):  # it shows what it saw last
+                node.run(board.look(), recipe.collaboration.timeout_seconds)
             seen = view(board.reports, recipe, get_dht_time())
             if isinstance(live, Live):
                 live.update(picture(seen), refresh=True)

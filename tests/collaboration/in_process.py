@@ -159,6 +159,7 @@ def prepare(members: Sequence[Volunteer], numbers: int, timeout_seconds: float =
         session._reductions.timeout_seconds = timeout_seconds
         session.caught.clear()
         session._matcher.banned.clear()
+        session._matcher._shuns = True
 
 
 def group_of(
