@@ -165,14 +165,13 @@ def _row(crowd: Crowd, rates: Sequence[int], way: str) -> dict[str, Any]:
 
 def _shares(process: Process, said: Sequence[float | None]) -> tuple[int, list[float]]:
     """(numbers in the vector, the share of it that each volunteer reduces), as the volunteers' own plan has it."""
-    from milkglass.collaboration.engine import load_balance_peers
+    from milkglass.collaboration.shares import shares
     from milkglass.collaboration.tasks import task_of
     from milkglass.recipe import load_recipe
 
     network = task_of(load_recipe(process.folder / "recipe.toml")).network
     numbers = sum(each.numel() for each in network.parameters())
-    sizes = load_balance_peers(numbers, [1.0] * len(said) if None in said else list(said))
-    return numbers, [size / numbers for size in sizes]
+    return numbers, shares([each or 1.0 for each in said])
 
 
 def _predicted(shares: Sequence[float], rates: Sequence[int], vector_bytes: int) -> float:

@@ -17,7 +17,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -47,11 +47,11 @@ class Measured:
         self._averaged = (0.0, 0.0)
 
     def install(self) -> None:
-        """From now on `Gradients.add` is timed, `Session.average` is watched, and `Session.measure` as was told."""
+        """From now on `Gradients.add` is timed, `Session.average` is watched, and `Session._measure` as was told."""
         setattr(Gradients, "add", self._timed(Gradients.add))  # noqa: B010 - the classes are not ours
         setattr(Session, "average", self._watched(Session.average))  # noqa: B010
         if self._given != "measured":
-            setattr(Session, "measure", self._told())  # noqa: B010
+            setattr(Session, "_measure", self._told())  # noqa: B010
 
     def line(self, line: dict[str, Any]) -> dict[str, Any]:
         """An epoch's line with what was measured in it; the next epoch begins."""
@@ -85,8 +85,8 @@ class Measured:
 
         return watched
 
-    def _told(self) -> Callable[[Session], None]:
-        def told(session: Session) -> None:
+    def _told(self) -> Callable[[Session], Coroutine[Any, Any, None]]:
+        async def told(session: Session) -> None:
             session.bandwidth = None if self._given == "none" else float(self._given)
 
         return told

@@ -1,23 +1,28 @@
 """Centered clipping: a mean of contributions that fewer than half of the weight cannot pull far, and a check of parts.
 
 Karimireddy, He and Jaggi, "Learning from history for Byzantine robust optimization", ICML 2021, arXiv 2012.10333: from
-a center v on, v <- v + sum_i w_i (x_i - v) min(1, radius / |x_i - v|) / sum_i w_i, a few times. Where we differ: the
-radius is no setting, for nobody can tune it in a run of strangers. It is the weighted median of the distances |x_i - v|
-(the lower one), taken anew each time. While fewer than half of the weight lies, the median lies between two honest
-distances; so liars can neither widen it beyond the honest nor close it to 0.
+a center v on, v <- v + sum_i w_i (x_i - v) min(1, radius / |x_i - v|) / sum_i w_i, a few times, of contributions that
+have a memory (momentum), so that their noise is small beside what they agree on. Where we differ:
 
-What it does and what it does not:
-- In each iteration liars of share d of the weight move the result by at most d * radius: what they send is worth no
-  more than an honest contribution's noise. That noise is the yardstick. Liars who agree all push one way, so they turn
-  training back once noise / gradient of one contribution is above about (1 - d) / d. Hence the paper's second half:
-  peers contribute running means of their gradients (momentum), whose noise is smaller; see benchmarks/lying_peers.py.
-- Nobody lies, noise alike in all directions: the result is close to the weighted mean. What is lopsided is not: what a
-  minority alone contributes (records of its own kind) counts for less, and where more than half of the weight is at the
-  center exactly (a part of a vector that most have no gradient for), the rest is not heard at all.
+- The radius is no setting, for nobody can tune it in a run of strangers: it is twice the weighted median of the
+  distances, taken anew each time. While fewer than half of the weight lies, liars can neither widen it beyond twice the
+  largest honest distance nor close it. Where nobody is an outlier the result is the weighted mean itself.
+- A mean of n records has a noise of 1 / sqrt(n): distances are compared after they are multiplied with the root of the
+  weight. So the slow are no outliers, and who claims many records must be the closer to the others.
+- Beyond the radius the pull falls with the third power, not the first, and what is cut off counts in the sum of
+  weights: who is five times as far as he may be has 1/125 of his say, where clipping would leave him a fifth.
+- The memory is in what is contributed, not in the optimizer (`compensated`): the average of all contributions is
+  the average gradient of this epoch, and any optimizer works as ever.
+
+What remains: liars who hide in the noise of the others, all pushing one way, move the average by up to about
+2 d / (1 - d) typical distances where their share of the weight is d. They cannot be told from honest peers in one
+epoch. The memory makes that small beside the sum of many steps: measured in benchmarks/lying_peers.py. And who is
+alone with his records is an outlier too: peers are expected to draw from the same ones, as in DeDLOC. Where more than
+half of the weight is at the center exactly (a part that most have no gradient for), nobody else is heard.
 
 **Same bits**: equal rows in the same order give equal bits, whatever the machine's vector width and the number of
-threads: there are only single operations of float64, element by element, and sums are folded in a fixed order.
-Rows of memory: a block of columns is looked at at a time, so beside the input there is one float64 vector.
+threads: all is single operations of float64, element by element, and sums are folded in a fixed order. Rows are
+looked at in blocks of columns, so beside the input there is one float64 vector.
 
 Legend: N contributions, D numbers of each, C columns of a block.
 """
@@ -35,6 +40,10 @@ from torch import Tensor
 
 from milkglass.errors import MessageError
 
+MEMORY: Final = 0.98
+"""Of `compensated`: a noise of one epoch is spread over about 1 / (1 - MEMORY) epochs."""
+_REACH: Final = 2.0
+_POWER: Final = 3
 _COLUMNS: Final = 1 << 15
 _LARGEST: Final = 1e140
 """A contribution with a larger number is as good as not finite: its square would not be."""
@@ -42,52 +51,83 @@ _LARGEST: Final = 1e140
 
 @dataclass(frozen=True, eq=False)
 class ClippedMean:
-    """value_D: (D,), the contributions' dtype. radius: of the last iteration, 0 or more, in their units.
+    """value_D: (D,), the contributions' dtype. radius: of the last iteration, for a contribution of the median weight.
 
-    clipped_share: how much of the weight's pull the last iteration took away, 0 to 1; above 0 also if all are honest.
+    heard_N: (N,) float64, the share of each contribution's weight that counted: 1 within the radius, 0 if absent.
+    clipped_share: the share of the weight of those present that did not count, 0 to 1.
     """
 
     value_D: Tensor
     radius: float
     clipped_share: float
+    heard_N: Tensor
 
 
 def centered_clip(x_ND: Tensor, weights_N: Tensor, center_D: Tensor | None = None, iterations: int = 3) -> ClippedMean:
-    """The clipped mean of contributions (N, D), weights (N,), around `center_D` (D,).
+    """The robust mean of contributions (N, D), weights (N,), around `center_D` (D,), the same at all honest peers.
 
-    center_D: the last result, the same at all honest peers; None at first: then the weighted median of each column.
-    Contributions that are not finite, or have no positive finite weight, count as absent. The result is a convex
-    combination of the center and the contributions. Raises MessageError where shapes do not fit, the center is not
-    finite, or no contribution is left.
+    center_D: the running mean of earlier results; None at first: then the weighted median of each column. Contributions
+    that are not finite, or have no positive finite weight, count as absent. The result is a convex combination of
+    the others. Raises MessageError where shapes do not fit, the center is not finite, or no contribution is left.
     """
     _check(x_ND, weights_N, center_D, iterations)
-    rows, weights = _present(x_ND, weights_N)
+    present, weights = _present(x_ND, weights_N)
+    rows = [x_ND[i].detach() for i in present]
     v_D = _column_medians(rows, weights) if center_D is None else center_D.detach().to(torch.float64, copy=True)
-    radius, pulls = 0.0, weights
+    typical = _lower_median(weights, weights)
+    radius, heard = 0.0, [1.0] * len(rows)
     for _ in range(iterations):
-        distances = _distances(rows, v_D)
-        radius = _lower_median(distances, weights)
-        pulls = [
-            weight if distance <= radius else weight * (radius / distance)
-            for weight, distance in zip(weights, distances, strict=True)
+        distances = [
+            distance * math.sqrt(weight / typical)
+            for distance, weight in zip(_distances(rows, v_D), weights, strict=True)
         ]
-        _move(v_D, rows, pulls)
-    return ClippedMean(v_D.to(x_ND.dtype), radius, max(0.0, 1 - math.fsum(pulls)))
+        radius = _REACH * _lower_median(distances, weights)
+        heard = [1.0 if distance <= radius else _power(radius / distance) for distance in distances]
+        pulls = [weight * share for weight, share in zip(weights, heard, strict=True)]
+        total = math.fsum(pulls)
+        _move(v_D, rows, [pull / total for pull in pulls])
+    heard_N = torch.zeros(len(x_ND), dtype=torch.float64)
+    heard_N[present] = torch.tensor(heard, dtype=torch.float64)
+    clipped = math.fsum(weight * (1 - share) for weight, share in zip(weights, heard, strict=True))
+    return ClippedMean(v_D.to(x_ND.dtype), radius, clipped, heard_N)
+
+
+def compensated(gradient_D: Tensor, left_out_D: Tensor, weight: float, memory: float = MEMORY) -> Tensor:
+    """What a peer contributes (D,): its gradient, and what earlier averages have left out of its earlier gradients.
+
+    left_out_D: from `remembered`, zeros for who is new; weight: the one that this contribution will have. The same as
+    contributing a running mean of one's gradients and taking the averages' increments: noise in what all contribute
+    stays that of a mean of many epochs, relative to all of their signal. What is left out comes to 0 over all peers,
+    so the weighted mean of contributions is that of the gradients, however weights change.
+    """
+    return gradient_D + left_out_D * (memory / (1 - memory) / weight)
+
+
+def remembered(
+    left_out_D: Tensor, gradient_D: Tensor, average_D: Tensor, weight: float, memory: float = MEMORY
+) -> Tensor:
+    """What is left out (D,) after an average: `left_out_D` of before, the gradient and weight contributed to it."""
+    return left_out_D * memory + (gradient_D - average_D) * ((1 - memory) * weight)
+
+
+def running_mean(center_D: Tensor | None, average_D: Tensor, memory: float = MEMORY) -> Tensor:
+    """The center (D,) for the next epoch; None before there was one. Peers who agree on both agree on its bits."""
+    return average_D.clone() if center_D is None else center_D * memory + average_D * (1 - memory)
 
 
 def is_plausible(value_D: Tensor, center_D: Tensor | None, own_D: Tensor, factor: float = 4.0) -> bool:
     """Whether a part (D,) that reducers returned is at most `factor` times as far from the center as `own_D` is.
 
-    For two reducers who agreed on a lie: nobody honest has a second result to compare theirs with. `own_D` is what this
-    peer contributed to the part; center_D is the last result, None (nothing yet) counts as 0. A mean of several
-    contributions has less noise than each of them, so an honest part is on average no farther from the center than
-    one's own contribution, and factor 1 would often do; it is larger for those whose own happens to be near.
+    For two reducers who agreed on a lie: nobody honest has a second result to compare theirs with. own_D: this peer's
+    gradient there, not compensated. center_D: None (nothing yet) counts as 0. A mean of gradients has less noise
+    than each of them, so an honest part is on average no farther from the center than one's own gradient, and a
+    factor of 1 would often do; it is larger for those whose own happens to be near.
 
     False is an alarm, no proof: who raises it asks for the signed contributions and takes their mean, and only
-    reducers whose part differs from that mean are liars. So a false alarm costs bytes, and nobody his place; a part
-    where one's own contribution is the center exactly (no gradient) raises one whenever others have a gradient.
-    True is no proof either: everything inside the ball passes, also zeros, or the true part turned around. A net for
-    large lies only.
+    reducers whose part differs from that mean are liars. So a false alarm costs bytes, and nobody his place; a peer
+    whose own gradient is the center exactly (no gradient for that part) raises one whenever others have a gradient.
+    True is no proof either: everything inside the ball passes, also zeros, or the true part turned around. It is a net
+    for large lies; for small ones, peers check parts at random.
     """
     if not bool(torch.isfinite(value_D).all()):
         return False
@@ -115,24 +155,31 @@ def _check(x_ND: Tensor, weights_N: Tensor, center_D: Tensor | None, iterations:
         raise MessageError(f"iterations = {iterations}; expected at least 1")
 
 
-def _present(x_ND: Tensor, weights_N: Tensor) -> tuple[list[Tensor], list[float]]:
-    """Rows that count, and their weights, which come to 1."""
-    rows, weights = [], []
-    for row_D, weight in zip(x_ND.detach(), weights_N.tolist(), strict=True):
-        if 0 < weight < math.inf and (not len(row_D) or _largest(row_D) <= _LARGEST):  # NaN is never less
-            rows.append(row_D)
+def _present(x_ND: Tensor, weights_N: Tensor) -> tuple[list[int], list[float]]:
+    """Which rows count, and their weights, which come to 1."""
+    present, weights = [], []
+    for i, weight in enumerate(weights_N.tolist()):
+        if 0 < weight < math.inf and _largest(x_ND[i]) <= _LARGEST:  # NaN is never less
+            present.append(i)
             weights.append(weight)
-    if not rows:
+    if not present:
         raise MessageError(f"none of {len(x_ND)} contributions is finite with a positive weight; expected one or more")
     scale = math.frexp(max(weights))[1]
     weights = [math.ldexp(weight, -scale) for weight in weights]  # exact, and their sum cannot overflow
     total = math.fsum(weights)
-    return rows, [weight / total for weight in weights]
+    return present, [weight / total for weight in weights]
 
 
 def _largest(row_D: Tensor) -> float:
+    if not len(row_D):
+        return 0.0
     low, high = torch.aminmax(row_D)
     return max(-low.item(), high.item()) if low == low else math.nan
+
+
+def _power(share: float) -> float:
+    """Its _POWER, by multiplications, which round alike everywhere."""
+    return math.prod([share] * _POWER)
 
 
 def _blocks(rows: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -22,7 +22,7 @@ from typing import Any, Final, final
 
 import torch
 
-from milkglass.collaboration.admission import Admission, OpenDoor
+from milkglass.collaboration.admission import OpenDoor
 from milkglass.collaboration.centered_clipping import is_plausible
 from milkglass.collaboration.duty import Average, Contribution, digest_of, share_from
 from milkglass.collaboration.engine import P2PContext, runtime_pb2
@@ -46,8 +46,7 @@ class Shown:
 class Disputes:
     """Settles what reducers differ about. service: for calls to others."""
 
-    def __init__(self, reductions: Reductions, admission: Admission, service: Any) -> None:
-        del admission  # those of the group were admitted as it was made; who is thrown out meanwhile has not lied
+    def __init__(self, reductions: Reductions, service: Any) -> None:
         self._reductions, self._service = reductions, service
 
     async def settle(self, begun: Round, averages: Sequence[Sequence[Average | None]]) -> Outcome:

@@ -16,7 +16,6 @@ from milkglass.errors import MissingExtraError
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script, in a part of hivemind that nothing here uses
-        from hivemind.averaging.load_balancing import load_balance_peers
         from hivemind.averaging.matchmaking import Matchmaking
         from hivemind.compression import (
             CompressionBase,
@@ -57,6 +56,5 @@ __all__ = [
     "crypto_pb2",
     "deserialize_torch_tensor",
     "get_dht_time",
-    "load_balance_peers",
     "runtime_pb2",
 ]

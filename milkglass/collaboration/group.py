@@ -29,7 +29,10 @@ _FRESH_SECONDS: Final = 120.0
 @final
 @dataclass(frozen=True)
 class Member:
-    """One of a group, in its own words. bandwidth: bytes per second, None where not measured. bans: whom it caught."""
+    """One of a group, in its own words. bandwidth: bytes per second, None where not measured. bans: whom it caught.
+
+    history: of its weights. Gradients of other weights are of no use, and around another average nothing is alike.
+    """
 
     peer_id: bytes
     epoch: int
@@ -37,6 +40,7 @@ class Member:
     reachable: bool
     trains: bool
     bans: frozenset[bytes] = frozenset()
+    history: bytes = b""
 
 
 @final
@@ -141,6 +145,7 @@ class Matcher:
             "reachable": own.reachable,
             "trains": own.trains,
             "bans": sorted(peer.hex() for peer in own.bans),
+            "history": own.history.hex(),
             "time": get_dht_time(),
         }
         sealed = seal(self._node.identity, self._admission.token, _PURPOSE, content)
@@ -166,7 +171,7 @@ class Matcher:
                 member = self._read(peer_id, words)  # of whom we alone have caught the others know nothing: they vote
             except MessageError:
                 continue
-            if member.epoch == own.epoch:
+            if (member.epoch, member.history) == (own.epoch, own.history):
                 members.append(member)
         members = without_banned(members)
         if len(members) < 2 or own.peer_id not in {member.peer_id for member in members}:
@@ -194,6 +199,7 @@ def read_member(peer_id: bytes, content: Mapping[str, Any], now: float) -> Membe
             bool(content["reachable"]),
             bool(content["trains"]),
             frozenset(bytes.fromhex(peer) for peer in content["bans"]),
+            bytes.fromhex(content["history"]),
         )
         age = now - float(content["time"])
     except (KeyError, TypeError, ValueError, OverflowError):  # such as an infinite epoch

@@ -88,7 +88,7 @@ class Progress:
 
     epoch: steps that it has made. samples: records towards the next, as far as claims are believed. rate: of all,
     records per second. peers: who is there, this one too. here: of those, who is at that epoch or a little
-    behind, and so may come to a group. history: that of most at that epoch, None where most differ.
+    behind, and so may come to a group. history: that of most at that epoch.
     """
 
     epoch: int
@@ -96,7 +96,7 @@ class Progress:
     rate: float
     peers: int
     here: int
-    history: bytes | None
+    history: bytes
     target: int
 
     @property
@@ -151,7 +151,7 @@ def judge(
         rate=sum(rates),
         peers=len(everyone),
         here=sum(report.epoch >= epoch - _CATCHING_UP for report in everyone),
-        history=_majority([report.history for report in there]),
+        history=_commonest([report.history for report in there] or [own.history]),
         target=target,
     )
     if pace is not None:
@@ -192,6 +192,12 @@ def _reached(others: list[Report], now: float, pace: Pace | None) -> int:
     epochs = sorted((report.epoch for report in others), reverse=True)
     epoch = epochs[len(others) // 2]
     return epoch if pace is None else pace.believable(epoch, now)
+
+
+def _commonest(values: list[bytes]) -> bytes:
+    """The value that most have; of several the smallest, so that all who see the same choose the same."""
+    counted = Counter(values)
+    return min(counted, key=lambda value: (-counted[value], value))
 
 
 def _majority(values: list[bytes]) -> bytes | None:

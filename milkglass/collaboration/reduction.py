@@ -1,6 +1,6 @@
 """The butterfly all-reduce of one round: every volunteer reduces a part of the vector for all (DeDLOC, hivemind).
 
-Parts are as large as hivemind's linear program over bandwidths says. Differences from hivemind's all-reduce, which
+Parts are as large as a linear program over bandwidths says (`shares.py`). Differences from hivemind's all-reduce, which
 cannot be told so from outside:
 - what comes back is the average itself and not the difference to one's own, so that all hold the same bits;
 - a part that fails is asked for again in a new round, and never replaced by one's own gradients;
@@ -37,18 +37,19 @@ from milkglass.collaboration.duty import (
     digest_of,
     share_from,
 )
-from milkglass.collaboration.engine import P2PContext, load_balance_peers, runtime_pb2
+from milkglass.collaboration.engine import P2PContext, runtime_pb2
 from milkglass.collaboration.group import Group
 from milkglass.collaboration.identity import short_name
 from milkglass.collaboration.node import Node
 from milkglass.collaboration.sealed import read_json, seal, unseal
+from milkglass.collaboration.shares import sizes
 from milkglass.collaboration.wire_vector import pieces
 from milkglass.errors import MessageError, first_line
 
 PURPOSE: Final = "contribution"
 _EQUAL: Final = 1.0
 _WIDEST: Final = 1000.0
-"""A bandwidth counts for so many medians at most, and one over that at least: the linear program fails beyond."""
+"""A bandwidth counts for so many medians at most, and one over that at least: it is only claimed."""
 
 
 _NOT_BEGUN: Final = 1 / 3
@@ -97,12 +98,12 @@ def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
     able = [index for index, member in enumerate(group.members) if member.reachable]
     if not able or (robust and len(able) < 2):
         raise RoundFailedError("too few in the group can be reached")
-    sizes = load_balance_peers(numbers, _bandwidths(group))
+    lengths = sizes(numbers, _bandwidths(group))
     if robust:  # who reduces with whom cannot be foreseen: two that conspire meet now and then, not always
         able.sort(key=lambda index: hashlib.sha256(group.round_id + group.members[index].peer_id).digest())
     parts, start = [], 0
     for place, index in enumerate(able):
-        stop = start + int(sizes[index])
+        stop = start + lengths[index]
         if stop > start:
             second = (able[(place + 1) % len(able)],) if robust else ()
             parts.append(Part(start, stop, (index, *second)))
@@ -110,16 +111,14 @@ def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
     return parts
 
 
-def _bandwidths(group: Group) -> list[float | None]:
-    """Of each member as the linear program wants them: 0 for who is not reachable, None where not measured."""
+def _bandwidths(group: Group) -> list[float]:
+    """Of each member, in medians: 0 for who is not reachable, 1 where not measured."""
     measured = [member.bandwidth for member in group.members if member.reachable and member.bandwidth is not None]
     if not measured:
         return [_EQUAL if member.reachable else 0.0 for member in group.members]
     middle = statistics.median_low(measured)
-    return [
-        (each.bandwidth and min(max(each.bandwidth / middle, 1 / _WIDEST), _WIDEST)) if each.reachable else 0.0
-        for each in group.members
-    ]
+    found = [(each.bandwidth or middle) / middle if each.reachable else 0.0 for each in group.members]
+    return [min(max(each, 1 / _WIDEST), _WIDEST) if each else 0.0 for each in found]
 
 
 @final

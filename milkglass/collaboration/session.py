@@ -94,7 +94,7 @@ class Session:
             section.matchmaking_seconds,
         )
         self._reductions = Reductions(node, admission, self._service, section.run, section.timeout_seconds)
-        self._disputes = Disputes(self._reductions, admission, self._service)
+        self._disputes = Disputes(self._reductions, self._service)
         self._service.matcher, self._service.reductions = self._matcher, self._reductions
         self._service.disputes, self._service.states = self._disputes, self.states
         self._pace = Pace(section.target_batch)
@@ -135,6 +135,7 @@ class Session:
             self._place.reachable,
             self._place.trains,
             frozenset(self.caught),
+            self._replica.history,
         )
         return self.node.begin(self._matcher.find(member, expected, self._section.timeout_seconds))
 

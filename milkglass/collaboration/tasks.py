@@ -67,7 +67,8 @@ class Task(ABC):
     def draw(self, generator: torch.Generator, size: int) -> Batch:
         """The next `size` records in a random order; every record once before any comes again.
 
-        generator: the volunteer's private one.
+        generator: the volunteer's private one. Call it outside of `drawing_from` of the same generator, which at its
+        end would put back what was drawn here: every batch would be masked alike.
         """
 
     @abstractmethod

@@ -148,7 +148,7 @@ class Volunteer:
         """Whether others are further, or most of those at this epoch have come here another way."""
         if progress.epoch > self._replica.epoch:
             return True
-        return progress.history is not None and progress.history != self._replica.history
+        return progress.history != self._replica.history
 
     def _compute(self) -> None:
         begun, before = time.perf_counter(), self._gradients.samples

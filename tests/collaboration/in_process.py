@@ -112,11 +112,12 @@ def reporting(replica: Replica, *, reachable: bool = True, trains: bool = True) 
 
 
 @contextmanager
-def forgiving_hivemind() -> Iterator[None]:
-    """It leaves sockets to the garbage collector where a stream is broken off."""
+def forgiving_hivemind(found: list[Volunteer]) -> Iterator[None]:
+    """It leaves sockets to the garbage collector where a stream is broken off; so that works now. found: is emptied."""
     try:
         yield
     finally:
+        found.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
@@ -136,7 +137,7 @@ def volunteers(
     """So many, who know each other; the first is who the others are told of. options: of the recipe's section."""
     agreed = Agreed(recipe_of(**options), "", DIGEST)
     found: list[Volunteer] = []
-    with forgiving_hivemind(), ExitStack() as stack:
+    with forgiving_hivemind(found), ExitStack() as stack:
         for index in range(count):
             identity = identities[index] if identities else new_identity()
             replica = replica_of(numbers, robust=agreed.recipe.collaboration.robust)

@@ -39,7 +39,6 @@ from tests.collaboration.in_process import (
 )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`method='interior-point':DeprecationWarning"),  # hivemind's, in scipy
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # hivemind's, of streams that were broken off
 ]
 
@@ -465,7 +464,7 @@ def test_a_leader_cannot_deal_out_an_old_group(four: list[Volunteer], monkeypatc
 
     async def look_for_group(search: Any) -> Any:
         dealt.append(search.data_for_gather)
-        gathered = [dealt[0], says(other)]
+        gathered = [dealt[0], says(other, history=four[0].replica.history.hex())]
         ids = [SimpleNamespace(to_bytes=lambda peer=peer: peer) for peer in (four[0].peer_id, other.peer_id)]
         return SimpleNamespace(group_id=b"id", peer_ids=ids, gathered=gathered)
 
@@ -514,7 +513,8 @@ def test_whom_we_alone_have_caught_is_in_our_group_as_in_the_others(four: list[V
 def test_a_member_reads_as_it_was_said() -> None:
     now = 1000.0
     content = {"epoch": 3, "bandwidth": 5e6, "reachable": True, "trains": False, "bans": ["00ff"], "time": 999.0}
-    expected = Member(b"id" * 19, 3, 5e6, True, False, frozenset([b"\x00\xff"]))
+    content["history"] = "0b"
+    expected = Member(b"id" * 19, 3, 5e6, True, False, frozenset([b"\x00\xff"]), b"\x0b")
     assert read_member(b"id" * 19, content, now) == expected
 
 
@@ -571,6 +571,7 @@ def test_a_stranger_who_leads_is_not_followed() -> None:
 
 def _says() -> dict[str, Any]:
     known: dict[str, Any] = {"epoch": 0, "bandwidth": None, "reachable": True, "trains": True, "bans": []}
+    known["history"] = ""
     return known | {"time": get_dht_time()}
 
 

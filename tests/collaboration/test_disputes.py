@@ -29,7 +29,6 @@ from milkglass.errors import MessageError
 from tests.collaboration.in_process import Volunteer, averaged, group_of, outcomes, prepare, volunteers
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`method='interior-point':DeprecationWarning"),  # hivemind's, in scipy
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # hivemind's, of streams that were broken off
 ]
 
@@ -138,6 +137,7 @@ def test_all_are_honest(ready: list[Volunteer]) -> None:
     for each in ready:
         each.replica.center_D = found[0].vector_D
     again, y = group_of(ready), gradients(seed=1)
+    y[0] = 10 * y[0]  # where one is far from the others it counts around what
     second = honest_outcomes(rounds(ready, y, again), ready, [])
     assert torch.equal(second[0].vector_D, clipped(again, ready, y, found[0].vector_D))
     assert not torch.equal(second[0].vector_D, clipped(again, ready, y))

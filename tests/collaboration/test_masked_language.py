@@ -117,7 +117,7 @@ def test_blocks_are_consecutive_and_framed() -> None:
 def test_no_word_of_the_test_part_is_in_the_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(synthetic_text(400) + "xylophone quartz " * 300)
-    task = task_from(path, data={"test_share": 0.3})
+    task = task_from(path, data={"test_share": 0.4}, vocabulary=500)
     vocabulary = task.tokenizer.get_vocab()
     assert any("fox" in token for token in vocabulary)
     assert not any("xy" in token or "quar" in token for token in vocabulary)
@@ -232,8 +232,8 @@ def test_means_of_pieces_come_to_the_mean_of_the_whole(text: Path) -> None:
     task = task_from(text)
     batch = task.draw(private(1), 20)
     pieces = list(batch.split(8))
-    mean = sum(len(piece) * float(task.loss(piece)) for piece in pieces) / 20
-    assert mean == pytest.approx(float(task.loss(batch)), rel=1e-5)
+    mean = sum(len(piece) * task.loss(piece).item() for piece in pieces) / 20
+    assert mean == pytest.approx(task.loss(batch).item(), rel=1e-5)
 
 
 def test_the_test_is_of_the_last_part_under_public_masks(text: Path) -> None:
@@ -263,7 +263,7 @@ def test_the_test_depends_on_no_private_draw_and_on_no_dropout(text: Path) -> No
     losses = []
     for number in (1, 1, 2):
         with drawing_from(private(number)):
-            losses.append(float(task.loss(batch)))
+            losses.append(task.loss(batch).item())
     assert losses[0] == losses[1] != losses[2], "dropout is at work in training, from the generator given"
 
 
@@ -274,17 +274,21 @@ def test_an_infinite_perplexity_is_said(text: Path) -> None:
     assert task.test()["perplexity"] == math.inf
 
 
-def test_a_few_steps_lower_the_loss(text: Path) -> None:
-    task, generator = task_from(text), private(1)
-    adam = torch.optim.Adam(task.network.parameters(), 5e-3)
+def test_a_few_steps_teach_it_to_look_around(tmp_path: Path) -> None:
+    words = ["fox", "owl", "man", "aunt", "bread", "water", "books", "psalms", "river", "stone", "cloud", "horse"]
+    chosen = torch.randint(len(words), (400,), generator=private(200)).tolist()
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{f'{words[number]} ' * 40}\n" for number in chosen))
+    task, generator = task_from(path, vocabulary=400), private(1)
+    adam = torch.optim.Adam(task.network.parameters(), 3e-3)
     before = task.test()
-    for _ in range(150):
+    for _ in range(220):
         adam.zero_grad()
         task.loss(task.draw(generator, 32)).backward()  # type: ignore[no-untyped-call]
         adam.step()
     after = task.test()
-    assert before["loss"] == pytest.approx(math.log(300), rel=0.1), "untrained, it knows nothing"
-    assert after["loss"] < 0.5 * before["loss"], "each word follows from its neighbours"
+    assert before["loss"] == pytest.approx(math.log(400), rel=0.1), "untrained, it knows nothing"
+    assert after["loss"] < 1.8, "counting words alone comes to log(12), 2.5"
     assert after["accuracy"] > 0.5
 
 
@@ -297,12 +301,12 @@ def test_shakespeare_is_learned_from(data_folder: Path) -> None:
     task, generator = task_of(parse_recipe(tables)), private(1)
     adam = torch.optim.Adam(task.network.parameters(), 3e-3)
     before = task.test()["loss"]
-    for _ in range(60):
+    for _ in range(40):
         adam.zero_grad()
         task.loss(task.draw(generator, 32)).backward()  # type: ignore[no-untyped-call]
         adam.step()
-    assert task.records > 5000
-    assert task.test()["loss"] < before - 1
+    assert task.records > 10_000
+    assert task.test()["loss"] < before - 0.7
 
 
 def test_nothing_is_asked_of_a_network(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +394,7 @@ def test_a_text_that_is_not_there_is_told(tmp_path: Path) -> None:
 )
 def test_keys_of_other_records_are_refused(key: str, value: object, text: Path) -> None:
     line = _refusal(lambda: task_from(text, data={key: value}))
-    assert line.startswith(f"data.{key} does not go with a text; expected none: ")
+    assert line.startswith(f"data.{key} does not go with a text; expected none")
 
 
 def test_fewer_records_are_taken_where_the_recipe_says_so(text: Path) -> None:

@@ -122,7 +122,9 @@ def test_longer_than_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "peer_id", [b"", b"x" * 38, ANNA.peer_id[:-1], ANNA.peer_id + b"x", b"\x12" + ANNA.peer_id[1:]]
+    "peer_id",
+    [b"", b"x" * 38, ANNA.peer_id[:-1], ANNA.peer_id + b"x", b"\x12" + ANNA.peer_id[1:]],
+    ids=["empty", "no id", "too short", "too long", "another kind"],
 )
 def test_an_id_that_is_no_key_signs_nothing(peer_id: bytes) -> None:
     assert not signed_by(peer_id, b"content", ANNA.sign(b"content"))

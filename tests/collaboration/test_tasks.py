@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from milkglass.collaboration.tasks import Batch, Classification, Passes, evaluating, task_of
 from milkglass.errors import DataError, RecipeError
 from milkglass.randomness import Source, drawing_from
-from milkglass.recipe import Recipe, parse_recipe
+from milkglass.recipe import Recipe, load_recipe, parse_recipe
 from milkglass.training.shares import deal_records
 
 HERE = __name__
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -94,16 +95,13 @@ def frozen_in_evaluation(_shape: Sequence[int], _classes: int) -> nn.Module:
     return network
 
 
-def in_float64(_shape: Sequence[int], _classes: int) -> nn.Module:
-    network = with_layer(nn.Identity())
-    network.get_submodule("3").to(torch.float64)
-    network.register_forward_pre_hook(lambda *_: None)
-    return nn.Sequential(*list(network)[:2], _Widen(), network.get_submodule("3"))
-
-
 class _Widen(nn.Module):
     def forward(self, x_BF: Tensor) -> Tensor:
         return x_BF.to(torch.float64)
+
+
+def in_float64(_shape: Sequence[int], _classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), _Widen(), nn.Linear(16, 10, dtype=torch.float64))
 
 
 def nothing_to_learn(_shape: Sequence[int], _classes: int) -> nn.Module:
@@ -215,7 +213,7 @@ def test_dropout_draws_from_the_generator_given() -> None:
     losses = []
     for number in (1, 1, 2):
         with drawing_from(private(number)):
-            losses.append(float(task.loss(batch)))
+            losses.append(task.loss(batch).item())
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -223,7 +221,7 @@ def test_a_few_steps_lower_the_loss() -> None:
     task, generator = task_of(recipe(data={"name": "digits"})), private(1)
     adam = torch.optim.Adam(task.network.parameters(), 1e-2)
     before = task.test()
-    for _ in range(60):
+    for _ in range(150):
         adam.zero_grad()
         task.loss(task.draw(generator, 64)).backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -271,6 +269,12 @@ def test_a_text_and_albert_go_together(tmp_path: Path) -> None:
         task_of(recipe(data={"path": str(text)}))
     with pytest.raises(RecipeError, match=r"network 'albert' reads a text; data is digits; expected .* end with .txt$"):
         task_of(recipe(network={"name": "albert"}))
+
+
+def test_the_examples_are_tasks() -> None:
+    assert task_of(load_recipe(EXAMPLES / "collaboration.toml")).records > 500
+    with pytest.raises(DataError, match=r"text.txt: No such file or directory; expected a text in UTF-8$"):
+        task_of(load_recipe(EXAMPLES / "collaboration_albert.toml"))
 
 
 def test_a_text_is_no_file_of_records(tmp_path: Path) -> None:
