@@ -56,4 +56,9 @@ class Collaboration(Section):
     def _fits_together(self) -> Collaboration:
         if self.density != 0.01 and self.compress != "gaussian_k":
             raise ValueError(f"density goes with compress gaussian_k; compress is {self.compress}")
+        if self.robust and self.compress == "gaussian_k":
+            raise ValueError(
+                "robust compares contributions, and with compress gaussian_k each has other numbers; expected none, "
+                "fp16 or int8"
+            )
         return self

@@ -89,12 +89,10 @@ def load(
         return _from_npz(path, asked)
     if path.suffix.lower() == ".parquet":
         return _from_parquet([path], str(path), asked)
+    kind = "not a kind of file that is read here"
     if path.suffix.lower() == ".txt":
-        raise DataError(
-            f"{path}: a text is for parties.mode collaboration with network albert; expected .npz, .parquet, or a "
-            "folder"
-        )
-    raise DataError(f"{path}: not a kind of file that is read here; expected .npz, .parquet, or a folder")
+        kind = "a text is for parties.mode collaboration with network albert"
+    raise DataError(f"{path}: {kind}; expected .npz, .parquet, or a folder")
 
 
 def _embedded(name: str) -> RawRecords:

@@ -170,6 +170,7 @@ def collaborate(
             recipe.training.batch_size,
             density=section.density if section.compress == "gaussian_k" else None,
             mixed=section.precision == "bfloat16",
+            robust=section.robust,
         )
         folder = _folder(out, recipe, task.digest, resume=resume)
         with folder.locked():

@@ -75,10 +75,11 @@ class Disputes:
     def _plausible(self, begun: Round, number: int, average: Average) -> bool:
         """Whether clipping can have come to that; where we have nothing to compare it with, yes."""
         part, center_D = begun.parts[number], begun.averaging.center_D
-        if begun.own_D is None:
+        gradient_D = begun.own_D if begun.gradient_D is None else begun.gradient_D
+        if gradient_D is None:
             return True
         span = slice(part.start, part.stop)
-        return is_plausible(average.value_D, None if center_D is None else center_D[span], begun.own_D[span])
+        return is_plausible(average.value_D, None if center_D is None else center_D[span], gradient_D[span])
 
     async def _look(
         self, begun: Round, number: int, answers: Sequence[Average | None]

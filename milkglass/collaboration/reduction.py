@@ -124,7 +124,10 @@ def _bandwidths(group: Group) -> list[float]:
 @final
 @dataclass(eq=False)
 class Round:
-    """One averaging in one group, as this volunteer sees it. own: its index. own_D: what it contributes, or None."""
+    """One averaging in one group, as this volunteer sees it. own: its index. own_D: what it contributes, or None.
+
+    gradient_D: its own gradient alone, to compare with in robust mode.
+    """
 
     group: Group
     own: int
@@ -132,6 +135,7 @@ class Round:
     averaging: Averaging
     own_D: Tensor | None
     share: Share
+    gradient_D: Tensor | None = None
     duties: dict[int, Duty] = field(default_factory=dict)
     arrived: set[tuple[int, int]] = field(default_factory=set)
     """(part, member) of those who have begun to send."""
@@ -161,13 +165,20 @@ class Reductions:
         self._changed = asyncio.Event()
 
     async def begin(
-        self, group: Group, averaging: Averaging, own_D: Tensor | None, numbers: int, samples: int, loss: float
+        self,
+        group: Group,
+        averaging: Averaging,
+        own_D: Tensor | None,
+        numbers: int,
+        samples: int,
+        loss: float,
+        gradient_D: Tensor | None = None,
     ) -> Round:
         """Take part in a round; others may now send to us. samples: 0 with own_D None, to listen alone."""
         own = group.index(self._node.identity.peer_id)
         assert own is not None  # a group that was found holds us
         parts = plan(group, numbers, robust=averaging.robust)
-        begun = Round(group, own, parts, averaging, own_D, Share(samples, loss, "", b""))
+        begun = Round(group, own, parts, averaging, own_D, Share(samples, loss, "", b""), gradient_D)
         trainers = [index for index, member in enumerate(group.members) if member.trains]
         for number, part in enumerate(parts):
             if own in part.reducers:

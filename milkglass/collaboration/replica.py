@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from milkglass.collaboration.centered_clipping import running_mean
 from milkglass.errors import MessageError, first_line
 from milkglass.parties import Party
 from milkglass.runs import tensors_as_bytes
@@ -93,7 +94,7 @@ class Replica:
             self.forget_gradient()
             self.epoch += 1
             self.history = hashlib.sha256(self.history + average_D.numpy().tobytes()).digest()
-            self.center_D = average_D if self._robust else None
+            self.center_D = running_mean(self.center_D, average_D) if self._robust else None
             self._digest = None
 
     def save(self) -> tuple[Version, bytes]:

@@ -139,11 +139,16 @@ class Session:
         )
         return self.node.begin(self._matcher.find(member, expected, self._section.timeout_seconds))
 
-    def average(self, group: Group, own_D: Tensor | None, samples: int, loss: float) -> Outcome:
-        """Average with a group; own_D: our gradients, None to listen alone. Raises RoundFailedError."""
+    def average(
+        self, group: Group, own_D: Tensor | None, samples: int, loss: float, gradient_D: Tensor | None = None
+    ) -> Outcome:
+        """Average with a group; own_D: what we contribute, None to listen alone. Raises RoundFailedError.
+
+        gradient_D: our gradient alone, where own_D is more than that.
+        """
         self._averages = True
         try:
-            found = self.node.run(self._average(group, own_D, samples, loss))
+            found = self.node.run(self._average(group, own_D, samples, loss, gradient_D))
         except RoundFailedError as error:
             self._catch(error.caught)
             raise
@@ -214,12 +219,14 @@ class Session:
         await self.board.look()
         return agreed_state(self.others.values(), epoch)
 
-    async def _average(self, group: Group, own_D: Tensor | None, samples: int, loss: float) -> Outcome:
+    async def _average(
+        self, group: Group, own_D: Tensor | None, samples: int, loss: float, gradient_D: Tensor | None
+    ) -> Outcome:
         section, reductions = self._section, self._reductions
         reductions.forget(keep=self._last_round)
         codec = VectorCodec(section.compress)
         averaging = Averaging(codec, section.weight_cap, section.robust, self._replica.center_D)
-        begun = await reductions.begin(group, averaging, own_D, self._replica.numbers, samples, loss)
+        begun = await reductions.begin(group, averaging, own_D, self._replica.numbers, samples, loss, gradient_D)
         self._last_round = group.round_id
         averages = await reductions.collect(begun)
         if section.robust:

@@ -169,6 +169,7 @@ class Volunteer:
             time.sleep(1)
             session.look()
             return
+        session.board.is_newcomer = False  # from now on others wait for this one
         self.tally.downloads += 1
         self.tally.bytes_received += found.bytes_received
         self.remember()
@@ -204,7 +205,7 @@ class Volunteer:
         sent_D = None if mean_D is None else self._gradients.chosen(mean_D)
         samples, begun = self._gradients.samples if sent_D is not None else 0, time.monotonic()
         try:
-            found = session.average(group, sent_D, samples, self._gradients.loss or 0.0)
+            found = session.average(group, sent_D, samples, self._gradients.loss or 0.0, mean_D)
         except RoundFailedError as error:
             if sent_D is not None:
                 self._gradients.not_sent()
@@ -213,6 +214,8 @@ class Volunteer:
             return
         for peer in sorted(found.caught):
             self._note(f"epoch {self._replica.epoch}: {short_name(peer)} lied, and is kept out from now on")
+        if mean_D is not None:
+            self._gradients.averaged(mean_D, found.vector_D)
         self._finish(found, waited, time.monotonic() - begun)
 
     def _mean(self) -> Any:

@@ -280,9 +280,9 @@ def test_a_few_steps_teach_it_to_look_around(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{f'{words[number]} ' * 40}\n" for number in chosen))
     task, generator = task_from(path, vocabulary=400), private(1)
-    adam = torch.optim.Adam(task.network.parameters(), 3e-3)
+    adam = torch.optim.Adam(task.network.parameters(), 2e-3)
     before = task.test()
-    for _ in range(220):
+    for _ in range(250):
         adam.zero_grad()
         task.loss(task.draw(generator, 32)).backward()  # type: ignore[no-untyped-call]
         adam.step()
