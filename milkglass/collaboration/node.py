@@ -36,6 +36,8 @@ from milkglass.errors import LinkError, first_line
 START_SECONDS: Final = 30.0
 _LEAVE_SECONDS: Final = 10.0
 _DAEMON_SECONDS: Final = 2.0
+_CANCELLATIONS: Final = 3
+_CANCEL_SECONDS: Final = 0.5
 _FIND_AGAIN_SECONDS: Final = 0.05
 T = TypeVar("T")
 BROKEN: Final = (OSError, P2PDaemonError, asyncio.IncompleteReadError)
@@ -186,10 +188,12 @@ class Node:
                 await asyncio.wait_for(self.dht.shutdown(), _DAEMON_SECONDS)
         if self.p2p is not None:
             await self.p2p.shutdown()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for _ in range(_CANCELLATIONS):  # hivemind's matchmaking waits for others even as it is cancelled
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                await asyncio.wait(others, timeout=_CANCEL_SECONDS)
 
 
 @final
