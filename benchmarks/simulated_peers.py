@@ -121,7 +121,8 @@ class Setting:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """loss: mean cross-entropy of all training records, infinite where training diverged. accuracy: of test records.
+    """loss: mean cross-entropy of all training records, infinite where training diverged. accuracy: of test records, 0 to 1, NaN
+    where it diverged.
 
     counts: as in `_Group`. banned: (epoch, peer).
     """
@@ -143,12 +144,12 @@ def train(records: Deal, network: nn.Module, setting: Setting, lie: Lie, defense
         chosen = torch.randperm(len(train_set), generator=batches)[: setting.target_batch]
         pace = 1 + setting.uneven * (2 * torch.rand(PEERS, generator=batches) - 1)
         counts = _counts(len(chosen), [setting.speeds[peer] * pace[peer].item() for peer in group.live])
-        gradients_PD = flat.gradients(weights_D.detach(), train_set, chosen.split(counts))
+        gradients_PD = flat.gradients(weights_D.detach(), train_set, torch.split(chosen, counts))
         optimizer.param_groups[0]["lr"] = setting.learning_rate * (1 + math.cos(math.pi * epoch / setting.epochs)) / 2
         weights_D.grad = group.average(gradients_PD, counts, lie, defense, epoch)
         optimizer.step()
         if not bool(torch.isfinite(weights_D).all()):
-            return Outcome(math.inf, 0.0, dict(group.counts), group.banned)
+            return Outcome(math.inf, math.nan, dict(group.counts), group.banned)
     loss, _ = flat.loss_and_accuracy(weights_D.detach(), train_set)
     _, accuracy = flat.loss_and_accuracy(weights_D.detach(), records.test)
     return Outcome(loss, accuracy, dict(group.counts), group.banned)
@@ -183,7 +184,7 @@ class Flat:
         return (losses_B * mask_B).sum() / mask_B.sum()
 
     def _logits(self, weights_D: Tensor, x_B: Tensor) -> Tensor:
-        pieces = weights_D.split([shape.numel() for shape in self._shapes.values()])
+        pieces = torch.split(weights_D, [shape.numel() for shape in self._shapes.values()])
         weights = {name: piece.view(self._shapes[name]) for name, piece in zip(self._shapes, pieces, strict=True)}
         logits_BK: Tensor = functional_call(self._network, weights, (x_B,))
         return logits_BK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -11,6 +11,9 @@ from milkglass.cli_network import Overrides, RecipePath, say, warn_of_key
 
 if TYPE_CHECKING:
     from milkglass.recipe import Recipe
+
+_LISTEN: Final = "127.0.0.1:0"
+_LONGEST_NOTE: Final = 1000
 
 
 def collab(
@@ -24,7 +27,7 @@ def collab(
     ] = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where others reach this one; port 0: a free one.")
-    ] = "127.0.0.1:0",
+    ] = _LISTEN,
     client_mode: Annotated[
         bool, typer.Option("--client-mode", help="Nobody can reach this one (a firewall, say): it only calls others.")
     ] = False,
@@ -50,7 +53,7 @@ def collab(
 
     Gradients go to strangers: private data do not belong here.
     """
-    from milkglass.errors import RecipeError
+    from milkglass.errors import RecipeError, foreign_line
     from milkglass.recipe import load_recipe
 
     if client_mode and auxiliary:
@@ -61,14 +64,29 @@ def collab(
     if not loaded.parties.is_collaboration:
         raise RecipeError(f"recipe {recipe}: parties.mode is {loaded.parties.mode}; expected collaboration")
     if watch:
+        given = {
+            "--listen": listen != _LISTEN,
+            "--client-mode": client_mode,
+            "--auxiliary": auxiliary,
+            "--checkpoints": checkpoints,
+            "--out": out is not None,
+            "--key": key is not None,
+            "--resume": resume,
+        }
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            raise RecipeError(f"--watch only looks on; expected it without {flag}")
         _watch(loaded, tuple(peer or ()), admission)
         return
     from milkglass.collaboration.collaborate import collaborate
-    from milkglass.collaboration.node import check_address, read_listen
+    from milkglass.collaboration.node import check_address, check_reachable, read_listen
     from milkglass.collaboration.session import Place
+    from milkglass.collaboration.token_admission import read_pass
     from milkglass.memory import keep_freed_memory
     from milkglass.randomness import read_key
 
+    place = Place(tuple(map(check_address, peer or ())), read_listen(listen), not client_mode, not auxiliary)
+    if place.reachable:
+        check_reachable(place.listen, (*place.peers, *(read_pass(admission).addresses if admission else ())))
     source = read_key(key) if key is not None else None
     if key is not None:
         warn_of_key(key)
@@ -76,14 +94,14 @@ def collab(
     summary = collaborate(
         loaded,
         out or Path("runs") / recipe.stem,
-        Place(tuple(map(check_address, peer or ())), read_listen(listen), not client_mode, not auxiliary),
+        place,
         pass_folder=admission,
         key=source,
         checkpoints=checkpoints,
         resume=resume,
         ready=_tell_addresses,
         told=lambda line: _tell_epoch(line, loaded.collaboration.epochs),
-        note=lambda words: say(f"milkglass: {words}"),
+        note=lambda words: say(f"milkglass: {foreign_line(words, _LONGEST_NOTE)}"),
     )
     print(
         f"{out or Path('runs') / recipe.stem}: {summary['epochs']} epochs of run {loaded.collaboration.run}; accuracy "

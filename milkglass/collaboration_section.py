@@ -38,9 +38,10 @@ class Collaboration(Section):
         "clipping), and every part is reduced by two volunteers and compared. Sends twice the bytes; needs three.",
     )
     weight_cap: float = Field(
-        4.0,
+        10.0,
         ge=1,
-        description="No volunteer's claim of records counts for more than so many times the group's median.",
+        description="No volunteer's claim of records counts for more than so many times the group's median, in robust "
+        "mode for more than twice. Where machines differ by more, the fast ones wait for the slow.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="`bfloat16`: forward and backward in mixed precision (autocast); weights stay float32."

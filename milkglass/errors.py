@@ -20,6 +20,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+_LONGEST_ERROR: Final = 1000
 
 
 class MilkglassError(Exception):
@@ -85,9 +88,14 @@ class MissingExtraError(MilkglassError):
         super().__init__(f"{what} needs an optional part of milkglass: pip install 'milkglass[{extra}]'")
 
 
+def foreign_line(text: str, most: int = 300) -> str:
+    """Another's words as they may be shown on a terminal: one line of so many printable characters at most."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:most])
+
+
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of somebody else's says, in one line of printable characters; its type where it says nothing."""
+    return foreign_line((str(error).strip() or type(error).__name__).splitlines()[0], _LONGEST_ERROR)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

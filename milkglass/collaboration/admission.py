@@ -18,6 +18,11 @@ class Admission(ABC):
     def token(self) -> bytes:
         """This volunteer's own, to show to others; empty where none is asked for."""
 
+    @property
+    def authority(self) -> bytes | None:
+        """The peer id of the authority that admits; None where there is none."""
+        return None
+
     @abstractmethod
     def objection(self, peer_id: bytes, token: bytes) -> str | None:
         """Why the peer of that id, showing that token, may not take part; None where it may."""

@@ -20,10 +20,10 @@ from milkglass.collaboration.admission import Admission
 from milkglass.collaboration.authority_folder import AllowList, open_authority, serving, write_addresses
 from milkglass.collaboration.engine import P2PContext, ServicerBase, runtime_pb2
 from milkglass.collaboration.identity import Identity, peer_name
-from milkglass.collaboration.node import Node
+from milkglass.collaboration.node import Node, on_loopback
 from milkglass.collaboration.signed_records import SignedRecords
 from milkglass.collaboration.tokens import Judge, sign_revoked, sign_token
-from milkglass.errors import CertificateError, LinkError
+from milkglass.errors import CertificateError, LinkError, foreign_line
 
 Log = Callable[..., None]
 LIFETIME_SECONDS: Final = 300.0
@@ -32,7 +32,6 @@ _REFUSED: Final = 2
 _LATER: Final = 3
 _LENGTH: Final = struct.Struct(">BH")  # which answer, length of the token
 _MOST_CALLERS: Final = 4096
-_LONGEST_REASON: Final = 300
 
 
 @final
@@ -65,8 +64,8 @@ def read_answer(content: bytes) -> Granted | Refused:
     """What an authority has answered. Raises CertificateError where it is no answer."""
     kind = content[0] if content else 0
     if kind in (_REFUSED, _LATER):
-        why = content[1:].decode("utf-8", errors="replace")[:_LONGEST_REASON]
-        return Refused("".join(letter if letter.isprintable() else " " for letter in why), for_good=kind == _REFUSED)
+        why = foreign_line(content[1:].decode("utf-8", errors="replace"))
+        return Refused(why, for_good=kind == _REFUSED)
     if kind == _GRANTED and len(content) >= _LENGTH.size:
         ends = _LENGTH.size + _LENGTH.unpack_from(content)[1]
         if len(content) > ends:
@@ -145,6 +144,11 @@ class AuthorityAdmission(Admission):
         self._peer_id, self._allowed, self._judge = identity.peer_id, allowed, Judge(identity.peer_id)
 
     @property
+    def authority(self) -> bytes:
+        """As `Admission`'s."""
+        return self._peer_id
+
+    @property
     def token(self) -> bytes:
         """None: its peer id is known to all, and it takes part in nothing."""
         return b""
@@ -187,7 +191,7 @@ def serve(
 
 def reachable_addresses(addresses: list[str]) -> list[str]:
     """Those that others can use: no loopback, unless there is nothing else."""
-    return [address for address in addresses if not _on_loopback(address)] or addresses
+    return [address for address in addresses if not on_loopback(address)] or addresses
 
 
 def listening_at(text: str) -> tuple[str, int]:
@@ -200,10 +204,6 @@ def listening_at(text: str) -> tuple[str, int]:
         raise LinkError(
             f"--listen {text!r}: expected an IP address and a port, such as 0.0.0.0:7000 for any of this machine"
         ) from None
-
-
-def _on_loopback(address: str) -> bool:
-    return address.startswith(("/ip4/127.", "/ip6/::1/"))
 
 
 @final

@@ -16,7 +16,8 @@ from milkglass.collaboration.node import BROKEN, Node
 from milkglass.collaboration.progress import STALE_SECONDS, Report, read_report
 
 _LOOK_SECONDS: Final = 0.25
-_HURRY_SECONDS: Final = 0.05
+_HURRY_SECONDS: Final = 0.1
+_ANSWER_SECONDS: Final = 10.0
 _REPEAT_SECONDS: Final = STALE_SECONDS / 4
 
 
@@ -38,7 +39,7 @@ class Board:
         """Tell and look, again and again."""
         while True:
             begun = time.monotonic()
-            with contextlib.suppress(*BROKEN):  # a daemon that has ended is noticed elsewhere
+            with contextlib.suppress(*BROKEN, TimeoutError):  # a daemon that has ended is noticed elsewhere
                 await self.tell()
                 await self.look()
             pause = _HURRY_SECONDS if self.hurry else _LOOK_SECONDS
@@ -56,7 +57,7 @@ class Board:
 
     async def look(self) -> None:
         """Read what others say."""
-        found = await self._node.dht.get(self._key, latest=True)
+        found = await asyncio.wait_for(self._node.dht.get(self._key, latest=True), _ANSWER_SECONDS)
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
         now, own_id = get_dht_time(), self._node.identity.peer_id
         read = {peer: read_report(entry.value, now) for peer, entry in entries.items() if peer != own_id}

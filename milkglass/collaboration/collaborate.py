@@ -20,6 +20,7 @@ from milkglass.collaboration.admission import Admission, OpenDoor
 from milkglass.collaboration.contribution import Gradients
 from milkglass.collaboration.engine import P2P
 from milkglass.collaboration.identity import Identity, new_identity
+from milkglass.collaboration.reduction import NOT_BEGUN
 from milkglass.collaboration.replica import Replica
 from milkglass.collaboration.session import Agreed, Place, connected
 from milkglass.collaboration.tasks import Task, task_of
@@ -183,6 +184,7 @@ def collaborate(
                 place,
                 digest,
                 section.epochs,
+                longest_batch_seconds=NOT_BEGUN * section.timeout_seconds,
                 told=lambda line: told(diary.epoch(line)),
                 note=note,
                 withdrawn=own.withdrawn,
@@ -250,8 +252,8 @@ def _summary(recipe: Recipe, volunteer: Volunteer, session: dict[str, Any]) -> d
         **session,
         "messages": 0,
         "wire": [],
-        "seconds": sum(line["seconds"] for line in tally.lines),
-        "seconds_per_epoch": sum(line["seconds"] for line in tally.lines) / max(len(tally.lines), 1),
+        "seconds": tally.seconds,
+        "seconds_per_epoch": tally.seconds / max(tally.epochs, 1),
         "certificate": None,
         "seed": recipe.seed,
         "keys": "the volunteer's own key",

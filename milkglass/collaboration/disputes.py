@@ -170,7 +170,7 @@ class Disputes:
 def united(shown: Mapping[int, Shown]) -> tuple[dict[int, Contribution], set[int]]:
     """All contributions that reducers show, and those who signed two different ones to the same part.
 
-    shown: by reducer. Of a reducer's own, where it shows another than the other does, the other's counts: else it could
+    shown: by reducer. Of a reducer's own contribution what the other shows counts, be it another or none: else it could
     show it to some and not to the rest, and they would come to different averages.
     """
     everything: dict[int, Contribution] = {}
@@ -183,6 +183,9 @@ def united(shown: Mapping[int, Shown]) -> tuple[dict[int, Contribution], set[int
             liars.add(index)
             if index != reducer:
                 everything[index] = contribution
+    for reducer in shown if len(shown) > 1 else ():
+        if not any(reducer in each.contributions for other, each in shown.items() if other != reducer):
+            everything.pop(reducer, None)
     return {index: each for index, each in everything.items() if index not in liars or index in shown}, liars
 
 

@@ -192,5 +192,7 @@ class Duty:
                 self.answers[block].set_exception(error)
                 self.answers[block].exception()  # where nobody waits, nobody is told
             return
+        if not self.averaging.robust:  # nobody will ask for them
+            contributions.clear()
         if not self.answers[block].done():
             self.answers[block].set_result(average)

@@ -25,6 +25,7 @@ try:
             deserialize_torch_tensor,
         )
         from hivemind.dht.node import DHTNode
+        from hivemind.dht.protocol import ValidationError
         from hivemind.dht.validation import DHTRecord, RecordValidatorBase
         from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID, ServicerBase
         from hivemind.proto import averaging_pb2, crypto_pb2, runtime_pb2
@@ -33,7 +34,8 @@ try:
 except ImportError:
     raise MissingExtraError("open collaboration", "collab") from None
 
-logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # what matters is said by milkglass, in its own words
+for _name in ("hivemind", "asyncio"):  # what matters is said by milkglass, in its own words
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 __all__ = [
     "CompressionBase",
@@ -52,6 +54,7 @@ __all__ = [
     "PeerID",
     "RecordValidatorBase",
     "ServicerBase",
+    "ValidationError",
     "averaging_pb2",
     "crypto_pb2",
     "deserialize_torch_tensor",

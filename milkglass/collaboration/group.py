@@ -9,6 +9,7 @@ Two peers of different epochs never meet: each epoch has a key of its own in the
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -136,7 +137,17 @@ class Matcher:
         finally:
             if found is None:
                 self._shuns = not self._shuns
+            await self._wake()
         return found
+
+    async def _wake(self) -> None:
+        """hivemind makes tasks that wait for these, and forgets them: without this they would wait for ever."""
+        waited_for = (self._matchmaking.was_accepted_to_group, self._matchmaking.potential_leaders.declared_expiration)
+        for event in waited_for:
+            event.set()
+        await asyncio.sleep(0)
+        for event in waited_for:
+            event.clear()
 
     async def _search(self, own: Member, expected: int, timeout_seconds: float) -> Group | None:
         content = {

@@ -29,6 +29,7 @@ from milkglass.collaboration.engine import (
     P2PDaemonError,
     PeerID,
     RecordValidatorBase,
+    ValidationError,
 )
 from milkglass.collaboration.identity import Identity
 from milkglass.errors import LinkError, first_line
@@ -165,6 +166,13 @@ class Node:
                 cache_locally=False,
                 cache_nearest=0,
             )
+        except ValidationError as error:  # its two reasons: the other's clock, or the other cannot call back
+            hint = (
+                "are the clocks right?"
+                if "time" in str(error)
+                else "expected --listen with an address that it reaches, or --client-mode"
+            )
+            raise LinkError(f"{first_line(error)}; {hint}") from None
         except Exception:  # whatever hivemind raises where the first ping is not answered
             raise self._no_answer() from None
         self.dht.protocol._validate_dictionary = partial(_keep_valid, self._validator)
@@ -266,6 +274,21 @@ def read_listen(text: str) -> tuple[str, int]:
 def peer_of(address: str) -> bytes:
     """The peer id in an address."""
     return bytes(PeerID.from_base58(Multiaddr(check_address(address))["p2p"]).to_bytes())
+
+
+def on_loopback(address: str) -> bool:
+    """Whether a peer's address is one of this machine alone."""
+    return address.startswith(("/ip4/127.", "/ip6/::1/", "/dns/localhost/", "/dns4/localhost/", "/dns6/localhost/"))
+
+
+def check_reachable(listen: tuple[str, int], peers: Sequence[str]) -> None:
+    """Raise LinkError where those at the addresses are on other machines, and listen is for this one alone."""
+    host, port = listen
+    if ipaddress.ip_address(host).is_loopback and not all(map(on_loopback, peers)):
+        raise LinkError(
+            f"--listen {host}:{port}: others cannot reach a loopback address; expected --listen 0.0.0.0:PORT, or "
+            "--client-mode"
+        )
 
 
 def _check_free(host: str, port: int) -> None:

@@ -24,7 +24,7 @@ from milkglass.errors import MessageError
 
 STALE_SECONDS: Final = 30.0
 """What was said longer ago is not believed any more: whoever said it is gone."""
-KEPT_STATES: Final = 16
+KEPT_STATES: Final = 4
 _FASTER: Final = 4.0  # the speed of a run may grow by so much between two looks at it
 _EPOCHS_AT_ONCE: Final = 2
 _MOST_RECORDS: Final = 1 << 40  # claims of more are no claims, nor are speeds and epochs of more

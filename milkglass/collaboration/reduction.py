@@ -52,7 +52,7 @@ _WIDEST: Final = 1000.0
 """A bandwidth counts for so many medians at most, and one over that at least: it is only claimed."""
 
 
-_NOT_BEGUN: Final = 1 / 3
+NOT_BEGUN: Final = 1 / 3
 _DELIVERED: Final = 2 / 3
 _ANSWERED: Final = 5 / 6
 """Shares of the time-out, after which is left out who has sent nothing, who has not sent all, who has not answered."""
@@ -206,7 +206,7 @@ class Reductions:
                 duty.close()
 
     async def _stop_waiting(self, begun: Round) -> None:
-        await asyncio.sleep(_NOT_BEGUN * self.timeout_seconds)
+        await asyncio.sleep(NOT_BEGUN * self.timeout_seconds)
         for number, duty in begun.duties.items():
             arrived = {index for part, index in begun.arrived if part == number}
             duty.give_up_waiting(arrived | {begun.own})

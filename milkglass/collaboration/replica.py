@@ -92,8 +92,8 @@ class Replica:
                 at += each.numel()
             self._party.take_step(self.epoch)
             self.forget_gradient()
-            self.epoch += 1
-            self.history = hashlib.sha256(self.history + average_D.numpy().tobytes()).digest()
+            history = hashlib.sha256(self.history + average_D.numpy().tobytes()).digest()
+            self.epoch, self.history = self.epoch + 1, history
             self.center_D = running_mean(self.center_D, average_D) if self._robust else None
             self._digest = None
 

@@ -8,39 +8,85 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, AsyncIterator, Final, final  # noqa: UP035 - hivemind knows typing's own alone
 
 from milkglass.collaboration.admission import Admission
 from milkglass.collaboration.bandwidth import Probes
 from milkglass.collaboration.engine import P2P, P2PContext, PeerID, ServicerBase, averaging_pb2, runtime_pb2
+from milkglass.collaboration.identity import short_name
 from milkglass.collaboration.node import Node
+from milkglass.errors import LinkError, MessageError
 
 _GREETING_SECONDS: Final = 10.0
+
+
+@final
+@dataclass(frozen=True)
+class Greeting:
+    """What a volunteer says of itself to anybody.
+
+    run: its name. agreed: the recipe as all agreed on it. digest: the recipe's. data: of the data, such as a text's
+    hash. epoch: where it stands. peers: names of those it knows. authority: peer id, in hexadecimal, of who admits;
+    None where everybody is.
+    """
+
+    run: str
+    agreed: dict[str, Any]
+    digest: str
+    data: str
+    epoch: int
+    peers: list[str]
+    authority: str | None
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return json.dumps(asdict(self)).encode()
+
+
+def read_greeting(content: bytes) -> Greeting:
+    """Another's, of the types that are written above and no others. Raises MessageError."""
+    try:
+        read = Greeting(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        raise MessageError("a greeting that cannot be read") from None
+    texts = (read.run, read.digest, read.data, *([] if read.authority is None else [read.authority]))
+    lists = type(read.agreed) is dict and type(read.peers) is list and type(read.epoch) is int
+    if not lists or not all(type(text) is str for text in (*texts, *read.peers)):
+        raise MessageError("a greeting of wrong types")
+    return read
 
 
 @final
 class Greeter(ServicerBase):  # type: ignore[misc]  # hivemind has no types
     """Says to anybody what run this is, by what recipe, and who is there. greeting: makes that."""
 
-    def __init__(self, greeting: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, greeting: Callable[[], Greeting]) -> None:
         self._greeting = greeting
 
     async def rpc_greeting(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
         """JSON."""
         del request, context
-        return runtime_pb2.ExpertResponse(metadata=json.dumps(self._greeting()).encode())
+        return runtime_pb2.ExpertResponse(metadata=self._greeting().to_bytes())
 
 
-async def greet(p2p: P2P, peer_id: bytes) -> dict[str, Any] | None:
-    """What another says of itself; None where it says nothing, as an authority does."""
+async def greet(p2p: P2P, peer_id: bytes) -> Greeting | None:
+    """What another says of itself; None where it says nothing, as an authority does.
+
+    Raises LinkError, one line, where what it says is no greeting.
+    """
     try:
         stub = Greeter.get_stub(p2p, PeerID(peer_id))
         answer = await asyncio.wait_for(stub.rpc_greeting(runtime_pb2.ExpertRequest()), _GREETING_SECONDS)
-        said = json.loads(answer.metadata)
     except Exception:  # whatever it is that answers there
         return None
-    return said if isinstance(said, dict) else None
+    try:
+        return read_greeting(answer.metadata)
+    except MessageError as error:
+        raise LinkError(
+            f"{short_name(peer_id)} answers with {error}; expected a volunteer that runs this version of milkglass"
+        ) from None
 
 
 @final

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -29,13 +28,15 @@ from milkglass.collaboration.node import BROKEN, Node, peer_of
 from milkglass.collaboration.progress import Pace, Progress, Report, agreed_state, judge
 from milkglass.collaboration.reduction import Outcome, Reductions, RoundFailedError, outcome
 from milkglass.collaboration.replica import Replica
-from milkglass.collaboration.service import Greeter, Service, greet
+from milkglass.collaboration.service import Greeter, Greeting, Service, greet
 from milkglass.collaboration.signed_records import SignedRecords
 from milkglass.collaboration.state import Download, States, donors, download
 from milkglass.collaboration.wire_vector import VectorCodec
-from milkglass.errors import LinkError, RecipeError
+from milkglass.errors import LinkError, RecipeError, foreign_line
 from milkglass.recipe import Recipe, first_difference, parse_recipe
 
+ROBUST_CAP: Final = 2.0
+"""With it a third of liars has less than half of the weight, however much they claim (`weights.py`)."""
 _MEASUREMENTS: Final = 3
 _MEASURE_SECONDS: Final = 2.0
 _REMEMBER_SECONDS: Final = 2.0
@@ -225,7 +226,8 @@ class Session:
         section, reductions = self._section, self._reductions
         reductions.forget(keep=self._last_round)
         codec = VectorCodec(section.compress)
-        averaging = Averaging(codec, section.weight_cap, section.robust, self._replica.center_D)
+        cap = min(section.weight_cap, ROBUST_CAP) if section.robust else section.weight_cap
+        averaging = Averaging(codec, cap, section.robust, self._replica.center_D)
         begun = await reductions.begin(group, averaging, own_D, self._replica.numbers, samples, loss, gradient_D)
         self._last_round = group.round_id
         averages = await reductions.collect(begun)
@@ -237,15 +239,17 @@ class Session:
         self.caught |= caught
         self._matcher.banned |= caught
 
-    def _greeting(self) -> Mapping[str, Any]:
-        return {
-            "run": self._section.run,
-            "agreed": self._agreed_on.recipe.agreed(),
-            "digest": self._agreed_on.recipe.digest(),
-            "data": self._agreed_on.data,
-            "epoch": self._replica.epoch,
-            "peers": [peer_name(peer) for peer in self.board.reports],
-        }
+    def _greeting(self) -> Greeting:
+        recipe, authority = self._agreed_on.recipe, self._admission.authority
+        return Greeting(
+            run=self._section.run,
+            agreed=recipe.agreed(),
+            digest=recipe.digest(),
+            data=self._agreed_on.data,
+            epoch=self._replica.epoch,
+            peers=[peer_name(peer) for peer in self.board.reports],
+            authority=None if authority is None else authority.hex(),
+        )
 
 
 @contextmanager
@@ -260,13 +264,14 @@ def connected(
 ) -> Iterator[Session]:
     """Inside, the volunteer is in the network; afterwards it has left in order. renew: keeps the token fresh.
 
-    Raises LinkError where nobody answers, RecipeError where the others train by another recipe.
+    Raises LinkError where nobody answers or another authority admits, RecipeError where the others train by another
+    recipe.
     """
 
     async def look_around(p2p: P2P) -> None:
         if renew is not None:
             await renew(p2p)
-        await check_others(p2p, place.peers, agreed)
+        await check_others(p2p, place.peers, agreed, admission.authority)
 
     validator = SignedRecords(identity, admission)
     with Node(
@@ -293,14 +298,18 @@ async def _made(
     return session
 
 
-async def check_others(p2p: P2P, addresses: Sequence[str], agreed: Agreed) -> None:
-    """Raise RecipeError or LinkError where those at the addresses are no one run, or not the one of that recipe."""
+async def check_others(p2p: P2P, addresses: Sequence[str], agreed: Agreed, authority: bytes | None) -> None:
+    """Raise RecipeError or LinkError where those at the addresses are no one run, or not the one of that recipe.
+
+    authority: who admits here, by its peer id; the others must say the same.
+    """
     peers = [peer_of(address) for address in addresses]
     said = await asyncio.gather(*[greet(p2p, peer) for peer in peers])
     greetings = {peer_name(peer): each for peer, each in zip(peers, said, strict=True) if each is not None}
     for name, each in greetings.items():
         _check_recipe(name, each, agreed)
-    known = {name: {name, *map(str, each.get("peers", ()))} for name, each in greetings.items()}
+        _check_authority(name, each, authority)
+    known = {name: {name, *each.peers} for name, each in greetings.items()}
     names = sorted(known)
     for name in names[1:]:
         if name not in known[names[0]] and names[0] not in known[name]:
@@ -310,26 +319,42 @@ async def check_others(p2p: P2P, addresses: Sequence[str], agreed: Agreed) -> No
             )
 
 
-def _check_recipe(name: str, said: Mapping[str, Any], agreed: Agreed) -> None:
+def _check_authority(name: str, said: Greeting, authority: bytes | None) -> None:
+    if said.authority == (None if authority is None else authority.hex()):
+        return
+    if authority is None:
+        raise LinkError("this run admits by an authority; expected --admission, the folder that it gave out")
+    if said.authority is None:
+        raise LinkError(
+            f"the volunteer {name[-8:]} admits everybody, without an authority; expected a volunteer of the run that "
+            "--admission is for"
+        )
+    raise LinkError(
+        f"the volunteer {name[-8:]} admits by another authority than that of --admission; expected the folder that "
+        "the run's own authority gave out"
+    )
+
+
+def _check_recipe(name: str, said: Greeting, agreed: Agreed) -> None:
     recipe = agreed.recipe
-    if said.get("run") != recipe.collaboration.run:
+    if said.run != recipe.collaboration.run:
         raise RecipeError(
-            f"the volunteer {name[-8:]} trains run {said.get('run')!r}; collaboration.run is "
+            f"the volunteer {name[-8:]} trains run {foreign_line(said.run)!r}; collaboration.run is "
             f"{recipe.collaboration.run!r} here"
         )
-    if said.get("digest") == recipe.digest():
-        if said.get("data") != agreed.data:
+    if said.digest == recipe.digest():
+        if said.data != agreed.data:
             raise RecipeError(
-                f"the volunteer {name[-8:]} trains by the same recipe on other data: {said.get('data')} there, "
+                f"the volunteer {name[-8:]} trains by the same recipe on other data: {foreign_line(said.data)} there, "
                 f"{agreed.data} here"
             )
         return
     difference = "it does not say what"
     with contextlib.suppress(Exception):  # a stranger's words
-        theirs = json.loads(json.dumps(said["agreed"]))
+        theirs = dict(said.agreed)
         theirs["data"] = {**recipe.data.model_dump(mode="json"), **theirs["data"]}
         difference = first_difference(recipe, parse_recipe(theirs)) or difference
-    raise RecipeError(f"the volunteer {name[-8:]} trains by another recipe: {difference}")
+    raise RecipeError(f"the volunteer {name[-8:]} trains by another recipe: {foreign_line(difference)}")
 
 
 async def _addresses(p2p: P2P) -> list[str]:

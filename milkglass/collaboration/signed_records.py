@@ -11,7 +11,7 @@ import struct
 from typing import Final, final
 
 from milkglass.collaboration.admission import Admission
-from milkglass.collaboration.engine import DHTRecord, RecordValidatorBase, get_dht_time
+from milkglass.collaboration.engine import DHTRecord, MSGPackSerializer, RecordValidatorBase, get_dht_time
 from milkglass.collaboration.identity import Identity, signed_by
 
 LONGEST_SECONDS: Final = 600.0
@@ -52,9 +52,17 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]  # hivemind has 
             content, signature, token = _parts(record.value)
         except ValueError:
             return False
-        return signed_by(owner, _signed(record, content), signature) and (
-            self._admission.objection(owner, token) is None
-        )
+        signed = signed_by(owner, _signed(record, content), signature)
+        return signed and _can_be_read(content) and self._admission.objection(owner, token) is None
+
+
+def _can_be_read(content: bytes) -> bool:
+    """Whether it is msgpack. hivemind would never answer whoever looks for an entry that is not."""
+    try:
+        MSGPackSerializer.loads(content)
+    except Exception:  # msgpack raises many
+        return False
+    return True
 
 
 def _owner(subkey: bytes) -> bytes | None:

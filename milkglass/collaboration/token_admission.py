@@ -81,6 +81,11 @@ class TokenAdmission(Admission):
             return self._token
 
     @property
+    def authority(self) -> bytes:
+        """As `Admission`'s."""
+        return self._own.authority
+
+    @property
     def withdrawn(self) -> str | None:
         """Why this volunteer may take part no more, in one line; None while it may."""
         with self._lock:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from milkglass.collaboration.contribution import Gradients
@@ -44,12 +44,15 @@ class Tally:
     downloads: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    epochs: int = 0
+    seconds: float = 0.0
 
 
 @final
 class Volunteer:
     """One volunteer's training. recipe_digest: of what all agreed on. epochs: the run's end.
+
+    longest_batch_seconds: who computes one batch for longer is left out by the others.
 
     told: is given a line of metrics.jsonl after each epoch. note: is given a sentence now and then.
     """
@@ -62,6 +65,7 @@ class Volunteer:
         recipe_digest: bytes,
         epochs: int,
         *,
+        longest_batch_seconds: float,
         told: Callable[[dict[str, Any]], None],
         note: Callable[[str], None],
         withdrawn: Callable[[], str | None] = lambda: None,
@@ -71,7 +75,9 @@ class Volunteer:
         self.tally = Tally()
         self._rate = 0.0
         self._not_finite = 0
+        self._longest_batch_seconds, self._told_of_long_batches = longest_batch_seconds, False
         self._states: list[tuple[int, bytes]] = []
+        self._frozen: Report | None = None
         self._epoch_began = time.monotonic()
         self._matching: concurrent.futures.Future[Group | None] | None = None
         self._ready_since: float | None = None
@@ -79,6 +85,8 @@ class Volunteer:
 
     def report(self) -> Report:
         """What this volunteer says of itself now."""
+        if (frozen := self._frozen) is not None:
+            return replace(frozen, time=get_dht_time())
         return Report(
             epoch=self._replica.epoch,
             samples=self._gradients.samples,
@@ -153,7 +161,14 @@ class Volunteer:
     def _compute(self) -> None:
         begun, before = time.perf_counter(), self._gradients.samples
         self._gradients.add()
-        rate = (self._gradients.samples - before) / (time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        if seconds > self._longest_batch_seconds and not self._told_of_long_batches:
+            self._told_of_long_batches = True
+            self._note(
+                f"a batch takes {seconds:.0f} s here, and others wait {self._longest_batch_seconds:.0f} s for who is "
+                "in the middle of one: lower training.batch_size here, or raise collaboration.timeout_seconds for all"
+            )
+        rate = (self._gradients.samples - before) / seconds
         self._rate = rate if not self._rate else _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate
 
     def _catch_up(self, session: Session) -> None:
@@ -233,8 +248,13 @@ class Volunteer:
 
     def _finish(self, found: Outcome, waited: float, averaging_seconds: float) -> None:
         own = self._gradients.samples
+        self._frozen = (
+            self.report()
+        )  # the event loop tells the others meanwhile: never the new epoch with the old batch
         self._replica.step(found.vector_D)
         self.remember()
+        self._gradients.forget()
+        self._frozen = None
         self.tally.samples += own
         self.tally.bytes_sent += found.sent
         self.tally.bytes_received += found.received
@@ -250,8 +270,8 @@ class Volunteer:
             "bytes_sent": found.sent,
             "bytes_received": found.received,
         }
-        self._gradients.forget()
-        self.tally.lines.append(line)
+        self.tally.epochs += 1
+        self.tally.seconds += line["seconds"]
         self._begin_epoch()
         self._told(line)
 

@@ -16,37 +16,43 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from milkglass.collaboration.admission import OpenDoor
 from milkglass.collaboration.board import Board
-from milkglass.collaboration.collaborate import membership
-from milkglass.collaboration.engine import P2P, get_dht_time
-from milkglass.collaboration.identity import peer_name
+from milkglass.collaboration.engine import get_dht_time
+from milkglass.collaboration.identity import new_identity, peer_name
 from milkglass.collaboration.node import Node
 from milkglass.collaboration.progress import Report, judge
 from milkglass.collaboration.signed_records import SignedRecords
+from milkglass.collaboration.token_admission import TokenAdmission, read_pass
 from milkglass.errors import LinkError
 from milkglass.recipe import Recipe
 
 _EVERY_SECONDS: Final = 1.0
+_GONE_SECONDS: Final = 60.0
 
 
 def watch(recipe: Recipe, peers: tuple[str, ...], pass_folder: Path | None) -> None:
-    """Show the run until stopped. peers: addresses of volunteers. Raises LinkError where nobody answers."""
-    own = membership(pass_folder, recipe.collaboration.run)
-    addresses = (*peers, *own.addresses)
+    """Show the run until it is stopped, or all volunteers have been gone for a minute, once one was there.
+
+    peers: addresses of volunteers. pass_folder: from the authority, to believe those alone whom it admits: who looks on
+    is nobody itself, so a volunteer can be watched by its own folder. A key that the authority revokes is shown until
+    its token expires. Raises LinkError where nobody answers.
+    """
+    own = read_pass(pass_folder) if pass_folder is not None else None
+    admission = OpenDoor() if own is None else TokenAdmission(own, recipe.collaboration.run)
+    addresses = (*peers, *(() if own is None else own.addresses))
     if not addresses:
         raise LinkError("--watch: whom to ask? expected --peer, the address of a volunteer")
 
-    async def look_around(p2p: P2P) -> None:
-        if own.renew is not None:
-            await own.renew(p2p)
-
-    validator = SignedRecords(own.identity, own.admission)
+    identity = new_identity()
+    validator = SignedRecords(identity, admission)
     terminal = sys.stdout.isatty()
     with (
-        Node(own.identity, validator, peers=addresses, reachable=False, look_around=look_around) as node,
+        Node(identity, validator, peers=addresses, reachable=False) as node,
         Live(console=Console(), auto_refresh=False) if terminal else _Lines() as live,
     ):
         board = Board(node, recipe.collaboration.run, None)
+        last_seen: float | None = None
         while node.alive:
             with contextlib.suppress(TimeoutError):  # it shows what it saw last
                 node.run(board.look(), recipe.collaboration.timeout_seconds)
@@ -55,6 +61,10 @@ def watch(recipe: Recipe, peers: tuple[str, ...], pass_folder: Path | None) -> N
                 live.update(picture(seen), refresh=True)
             else:
                 print(json.dumps(seen), flush=True)
+            if seen["peers"]:
+                last_seen = time.monotonic()
+            elif last_seen is not None and time.monotonic() - last_seen > _GONE_SECONDS:
+                return
             time.sleep(_EVERY_SECONDS)
     raise LinkError("the peer-to-peer daemon has ended; watch again")
 

@@ -170,6 +170,12 @@ def test_an_entry_of_its_owner() -> None:
     assert validator().strip_value(entry) == record().value
 
 
+@pytest.mark.parametrize("content", [b"\xc1", b"", b"\x81", b"\xd9\xff"], ids=["never used", "empty", "cut", "short"])
+def test_an_entry_that_cannot_be_read(content: bytes) -> None:
+    """hivemind would wait for ever for an entry that is no msgpack, and with it all that its owner stops."""
+    assert not validator().validate(signed(ANNA, with_value(record(), content)))
+
+
 def test_an_entry_of_another() -> None:
     """Under a peer's id stands what that peer signed."""
     assert not validator(listed(ANNA, BERTA)).validate(signed(BERTA, record(ANNA)))
