@@ -56,13 +56,6 @@ def collab(
     from milkglass.errors import RecipeError, foreign_line
     from milkglass.recipe import load_recipe
 
-    if client_mode and auxiliary:
-        raise RecipeError("--auxiliary averages for others, who must reach it; expected it without --client-mode")
-    if client_mode and not peer and admission is None:
-        raise RecipeError("--client-mode: nobody can come to this one; expected --peer, a volunteer who is there")
-    loaded = load_recipe(recipe, overrides or ())
-    if not loaded.parties.is_collaboration:
-        raise RecipeError(f"recipe {recipe}: parties.mode is {loaded.parties.mode}; expected collaboration")
     if watch:
         given = {
             "--listen": listen != _LISTEN,
@@ -75,6 +68,14 @@ def collab(
         }
         for flag in (flag for flag, is_given in given.items() if is_given):
             raise RecipeError(f"--watch only looks on; expected it without {flag}")
+    if client_mode and auxiliary:
+        raise RecipeError("--auxiliary averages for others, who must reach it; expected it without --client-mode")
+    if client_mode and not peer and admission is None:
+        raise RecipeError("--client-mode: nobody can come to this one; expected --peer, a volunteer who is there")
+    loaded = load_recipe(recipe, overrides or ())
+    if not loaded.parties.is_collaboration:
+        raise RecipeError(f"recipe {recipe}: parties.mode is {loaded.parties.mode}; expected collaboration")
+    if watch:
         _watch(loaded, tuple(peer or ()), admission)
         return
     from milkglass.collaboration.collaborate import collaborate

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -170,6 +171,31 @@ class RunFolder:
         """Write metrics.jsonl anew, a line per epoch."""
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
+    def append_metrics(self, lines: Sequence[Mapping[str, Any]], length_bytes: int) -> int:
+        """Write further lines of metrics.jsonl after its first `length_bytes`, all or none; its length then, in bytes.
+
+        What is behind that length, as after a stop between two statements, is cut off. Raises RunError.
+        """
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        return _write_after(self.path / "metrics.jsonl", length_bytes, content)
+
+    def cut_metrics(self, lines: int) -> int:
+        """Keep the first `lines` of metrics.jsonl; its length then, in bytes. Raises RunError where it has fewer."""
+        if lines == 0:
+            self.write_metrics([])
+            return 0
+        path, found, length_bytes = self.path / "metrics.jsonl", 0, 0
+        try:
+            with path.open("r+b") as file:
+                for line in itertools.islice(file, lines):
+                    found, length_bytes = found + line.endswith(b"\n"), length_bytes + len(line)
+                if found < lines:
+                    raise RunError(f"{path}: holds {found} whole lines; expected {lines}")
+                file.truncate(length_bytes)
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror or error}") from None
+        return length_bytes
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object of this run. Raises RunError if it is missing or damaged."""
         try:
@@ -254,6 +280,29 @@ def write_beside(target: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 Path(beside).unlink(missing_ok=True)
         raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
+
+
+def _write_after(target: Path, length_bytes: int, content: bytes) -> int:
+    """Write after the first `length_bytes` of a file, whole or not at all; its length then, in bytes."""
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            kept = min(length_bytes, os.fstat(descriptor).st_size)
+            try:
+                os.ftruncate(descriptor, kept)
+                os.lseek(descriptor, kept, os.SEEK_SET)
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            except BaseException:
+                os.ftruncate(descriptor, kept)
+                raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}; what was written before is whole") from None
+    return kept + len(content)
 
 
 ALARM = "alarm.txt"

@@ -1,15 +1,18 @@
 """One volunteer from start to end: what `milkglass collab` does.
 
 The run folder holds the recipe, a line per epoch in metrics.jsonl, and at the end the network and the summary. A
-volunteer that keeps checkpoints tests the network as well: any may, the run needs none that must.
+volunteer that keeps checkpoints tests the network as well: any may, the run needs none that must. One that is stopped
+keeps a checkpoint in any case, to go on from.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -18,7 +21,7 @@ import torch
 
 from milkglass.collaboration.admission import Admission, OpenDoor
 from milkglass.collaboration.contribution import Gradients
-from milkglass.collaboration.engine import P2P
+from milkglass.collaboration.engine import P2P, P2PDaemonError
 from milkglass.collaboration.identity import Identity, new_identity
 from milkglass.collaboration.reduction import NOT_BEGUN
 from milkglass.collaboration.replica import Replica
@@ -26,7 +29,7 @@ from milkglass.collaboration.session import Agreed, Place, connected
 from milkglass.collaboration.tasks import Task, task_of
 from milkglass.collaboration.token_admission import TokenAdmission, read_pass
 from milkglass.collaboration.volunteer import Volunteer
-from milkglass.errors import LinkError, RecipeError, RunError
+from milkglass.errors import LinkError, MessageError, RecipeError, RunError, first_line
 from milkglass.parties import Party
 from milkglass.randomness import Source
 from milkglass.recipe import Recipe
@@ -36,6 +39,8 @@ from milkglass.training.split import computing_with
 
 NETWORK: Final = "network.safetensors"
 _MOST_RESTARTS: Final = 3
+"""Of the daemon, in an hour."""
+_RESTART_SECONDS: Final = 3600.0
 _STATE: Final = "volunteer"
 _BLANK: Final = ("recipe.toml", "records.sha256")
 
@@ -85,29 +90,34 @@ class Diary:
         )
         self._cannot_write = False
         self._seconds = folder.recipe.client.checkpoint_seconds
-        self._kept_at = time.monotonic()
-        self.lines: list[dict[str, Any]] = []
+        self._kept_at, self._kept_epoch = time.monotonic(), replica.epoch
+        self._lines = self._length_bytes = 0  # of metrics.jsonl
+        self._unwritten: list[dict[str, Any]] = []
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, where there is one."""
+        """Go on from the newest checkpoint, where there is one. Raises RunError for a damaged one, or metrics.jsonl."""
         checkpoint = self._folder.load_checkpoint()
         if checkpoint is None:
+            self._note("no checkpoint here: beginning at epoch 0")
+            self._folder.cut_metrics(0)
             return
         try:
             content = checkpoint.parties[_STATE]["state"].numpy().tobytes()
-            self.lines = checkpoint.progress["metrics"]
+            self._lines = checkpoint.progress["lines"]
             self._replica.load(content)
+            self._length_bytes = self._folder.cut_metrics(self._lines)
         except Exception as error:
             raise damaged(checkpoint, error) from None
+        self._kept_epoch = self._replica.epoch
 
     def epoch(self, line: dict[str, Any]) -> dict[str, Any]:
         """Note an epoch; what was tested is in the line that comes back."""
         due = self._checkpoints and time.monotonic() - self._kept_at >= self._seconds
         if due:
             line = line | {f"test_{name}": value for name, value in self._task.test().items()}
-        self.lines.append(line)
+        self._unwritten.append(line)
         try:
-            self._folder.write_metrics(self.lines)
+            self._write_lines()
             if due:
                 self._keep()
         except RunError as error:  # a full disk, say: the others need this volunteer's work all the same
@@ -119,18 +129,42 @@ class Diary:
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """The network and the summary. Raises RunError where they cannot be written."""
-        self._folder.write_metrics(self.lines)
+        self._write_lines()
         self._folder.write_tensors(NETWORK, self._task.network.state_dict())
         tested = self._task.test()
         content = {"accuracy": tested["accuracy"], "test": tested, **summary}
         self._folder.write_json("summary.json", content)
         return content
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever ends the training inside before its end: keep a checkpoint first, where there is anything new."""
+        try:
+            yield
+        except BaseException:
+            if self._replica.epoch != self._kept_epoch:
+                try:
+                    self._write_lines()
+                    self._keep()
+                except (RunError, MessageError) as error:
+                    self._note(f"{error}; stopping without a new checkpoint")
+            raise
+
+    def _write_lines(self) -> None:
+        """Those of the last epoch, and those that a full disk had no room for."""
+        self._length_bytes = self._folder.append_metrics(self._unwritten, self._length_bytes)
+        self._lines += len(self._unwritten)
+        self._unwritten = []
+
     def _keep(self) -> None:
+        """Raises RunError where it cannot be written, MessageError within a step."""
+        known = self._replica.version
         version, content = self._replica.save()
+        if version != known:
+            raise MessageError(f"stopped in the middle of step {version.epoch + 1}")
         state = {"state": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
-        self._folder.save_checkpoint(Checkpoint(version.epoch, {_STATE: state}, {"metrics": self.lines}))
-        self._kept_at = time.monotonic()
+        self._folder.save_checkpoint(Checkpoint(version.epoch, {_STATE: state}, {"lines": self._lines}))
+        self._kept_at, self._kept_epoch = time.monotonic(), version.epoch
 
 
 def collaborate(
@@ -190,7 +224,8 @@ def collaborate(
                 withdrawn=own.withdrawn,
             )
             agreed = Agreed(recipe, task.agreement, digest)
-            session = _to_the_end(agreed, own, replica, place, volunteer, ready, note)
+            with diary.kept(), _in_one_line():
+                session = _to_the_end(agreed, own, replica, place, volunteer, ready, note)
             return diary.finish(_summary(recipe, volunteer, session))
 
 
@@ -201,6 +236,17 @@ def _folder(out: Path, recipe: Recipe, records_digest: str, *, resume: bool) -> 
             for name in _BLANK:
                 (out / name).unlink(missing_ok=True)
     return (RunFolder.resume if resume else RunFolder.create)(out, recipe, records_digest)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Inside, a call of a daemon that lives may fail: that raises LinkError."""
+    try:
+        yield
+    except (ConnectionError, P2PDaemonError, asyncio.IncompleteReadError) as error:
+        raise LinkError(
+            f"the peer-to-peer daemon runs, but a call of it failed ({first_line(error)}); start the volunteer again"
+        ) from None
 
 
 def _to_the_end(
@@ -214,6 +260,7 @@ def _to_the_end(
 ) -> dict[str, Any]:
     """Train, in a new session where the daemon of the old one has died; what the sessions sent in all."""
     known, restarts, sent = place.peers, 0, 0
+    ended: list[float] = []
     while True:
         here = replace(place, peers=known)
         with connected(agreed, own.identity, own.admission, replica, here, volunteer.report, own.renew) as session:
@@ -229,12 +276,18 @@ def _to_the_end(
                 restarts, sent = restarts + 1, sent + session.states.bytes_sent
                 if session.node.alive:
                     raise
-                if restarts > _MOST_RESTARTS:
+                ended = _within_an_hour([*ended, time.monotonic()])
+                if len(ended) > _MOST_RESTARTS:
                     raise LinkError(
-                        f"the peer-to-peer daemon has ended {restarts} times; expected one that lasts"
+                        f"the peer-to-peer daemon has ended {len(ended)} times in an hour; expected one that lasts"
                     ) from None
                 known = tuple(dict.fromkeys([*place.peers, *session.known]))
         note("the peer-to-peer daemon has ended; starting another, to go on where it was")
+
+
+def _within_an_hour(times: list[float]) -> list[float]:
+    """Those in the hour up to the last."""
+    return [each for each in times if times[-1] - each < _RESTART_SECONDS]
 
 
 def _summary(recipe: Recipe, volunteer: Volunteer, session: dict[str, Any]) -> dict[str, Any]:

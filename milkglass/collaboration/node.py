@@ -169,7 +169,7 @@ class Node:
         except ValidationError as error:  # its two reasons: the other's clock, or the other cannot call back
             hint = (
                 "are the clocks right?"
-                if "time" in str(error)
+                if "local time" in str(error)
                 else "expected --listen with an address that it reaches, or --client-mode"
             )
             raise LinkError(f"{first_line(error)}; {hint}") from None

@@ -32,6 +32,8 @@ from milkglass.runs import tensors_as_bytes
 _CENTER: Final = "center"
 _HEAD: Final = "head"
 _MOST_EPOCHS: Final = 1 << 40
+_HEAD_BYTES: Final = 1 << 20
+_NAME_BYTES: Final = 512
 
 
 @final
@@ -48,8 +50,8 @@ class Version:
 class Replica:
     """Held by the training, read by the event loop too: every method holds its lock.
 
-    party: the network, its optimizer, its learning rate by step. robust: keep the last average, around which the next
-    contributions are clipped.
+    party: the network, its optimizer, its learning rate by step. robust: keep a running mean of the averages, around which
+    the next contributions are clipped.
     """
 
     def __init__(self, party: Party, recipe_digest: bytes, *, robust: bool) -> None:
@@ -68,6 +70,16 @@ class Replica:
             if self._digest is None:
                 self._digest = hashlib.sha256(self._bytes()).digest()
             return Version(self.epoch, self.history, self._digest)
+
+    @property
+    def most_bytes(self) -> int:
+        """No state of this network is longer: weights, buffers, what the optimizer remembers, center, and their names.
+
+        A download that goes on beyond that is a lie.
+        """
+        forms = self._forms(epoch=1)
+        content = sum(shape.numel() * kind.itemsize for shape, kind in forms.values())
+        return content + len(forms) * _NAME_BYTES + _HEAD_BYTES
 
     def gradient(self) -> Tensor:
         """What the last backward passes have added up in the parameters' gradients, as one vector (D,)."""
@@ -127,7 +139,8 @@ class Replica:
             tensors[_CENTER] = self.center_D
         return tensors_as_bytes(tensors)
 
-    def _check(self, tensors: Mapping[str, Tensor], epoch: int) -> None:
+    def _forms(self, epoch: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and kind of each tensor of a state, by name."""
         forms = {name: (tensor.shape, tensor.dtype) for name, tensor in self._party.weights().items()}
         if epoch > 0:  # the optimizer remembers something
             for slot, scalar in _slots(self._party.optimizer).items():
@@ -135,6 +148,10 @@ class Replica:
                     forms[f"optimizer.{index}.{slot}"] = (torch.Size([]) if scalar else each.shape, torch.float32)
         if epoch > 0 and self._robust:
             forms[_CENTER] = (torch.Size([self.numbers]), torch.float32)
+        return forms
+
+    def _check(self, tensors: Mapping[str, Tensor], epoch: int) -> None:
+        forms = self._forms(epoch)
         missing = forms.keys() - tensors.keys()
         if missing:
             raise MessageError(f"a state without {min(missing)}")

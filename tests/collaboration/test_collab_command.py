@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from milkglass.cli import main
 from milkglass.collaboration.progress import STALE_SECONDS
 from tests.collaboration.processes import NOBODY, STOPPED, WAITING, Collaboration, Volunteer, refused
 from tests.wire_server import until
@@ -35,14 +36,13 @@ def told(volunteer: Volunteer) -> list[dict[str, Any]]:
     [
         (["--client-mode", "--auxiliary"], "--auxiliary averages for others"),
         (["--client-mode"], "--client-mode: nobody can come to this one; expected --peer"),
-        (["--watch"], "--watch: whom to ask? expected --peer"),
         (["--listen", "7000"], "--listen '7000': expected an IP address of this machine and a port"),
         (["--listen", "localhost:7000"], "--listen 'localhost:7000': expected an IP address"),
         (["--listen", "127.0.0.1:70000"], "--listen '127.0.0.1:70000': expected an IP address"),
         (["--listen", "192.0.2.7:7000"], "cannot listen on 192.0.2.7:7000: Cannot assign requested address; expected"),
         (["--peer", "192.0.2.7:7000"], "address '192.0.2.7:7000': expected one that `milkglass collab` prints"),
+        (["--peer", f"/ip4/192.0.2.7/tcp/7000/p2p/{NOBODY}"], "--listen 127.0.0.1:0: others cannot reach a loopback"),
         (["--peer", "/ip4/192.0.2.7/tcp/7000"], "address '/ip4/192.0.2.7/tcp/7000': expected one that"),
-        (["--watch", "--peer", "/ip4/192.0.2.7/tcp/7000/p2p/me"], "address '/ip4/192.0.2.7/tcp/7000/p2p/me': expected"),
         (
             ["--set", "parties.mode=data_parallel"],
             "recipe recipe.toml: parties.mode is data_parallel; expected collaboration",
@@ -62,6 +62,38 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
     monkeypatch.chdir(run.folder)
     monkeypatch.syspath_prepend(run.folder)
     assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--watch: whom to ask? expected --peer"),
+        (["--peer", "/ip4/192.0.2.7/tcp/7000/p2p/me"], "address '/ip4/192.0.2.7/tcp/7000/p2p/me': expected"),
+        (["--listen", "127.0.0.1:7000"], "--watch only looks on; expected it without --listen"),
+        (["--client-mode"], "--watch only looks on; expected it without --client-mode"),
+        (["--auxiliary"], "--watch only looks on; expected it without --auxiliary"),
+        (["--checkpoints"], "--watch only looks on; expected it without --checkpoints"),
+        (["--out", "run"], "--watch only looks on; expected it without --out"),
+        (["--key", "some.key"], "--watch only looks on; expected it without --key"),
+        (["--resume"], "--watch only looks on; expected it without --resume"),
+    ],
+)
+def test_who_looks_on_is_told_what_does_not_go_with_it(
+    run: Collaboration,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(run.folder)
+    monkeypatch.syspath_prepend(run.folder)
+    with pytest.raises(SystemExit) as exit_:
+        main(["collab", "recipe.toml", "--watch", *arguments])
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert words in line
 
 
 def test_a_run_alone_ends_and_says_so(run: Collaboration) -> None:

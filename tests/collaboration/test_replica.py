@@ -1,19 +1,27 @@
 """Copies of what all train: the same averages make the same bits, and a state that does not fit changes nothing.
 
+At the end, how states are given and taken, without a network: nobody can hold up, or fill, the other side.
+
 Legend: D numbers of all parameters that learn.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any, final
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from milkglass.collaboration.replica import Replica, epoch_of
+from milkglass.collaboration import state
+from milkglass.collaboration.admission import OpenDoor
+from milkglass.collaboration.centered_clipping import MEMORY
+from milkglass.collaboration.engine import runtime_pb2
+from milkglass.collaboration.replica import Replica, Version, epoch_of
 from milkglass.errors import MessageError
 from milkglass.parties import Party
 from milkglass.randomness import Source
@@ -134,12 +142,13 @@ def test_center_is_kept_in_robust_mode_alone() -> None:
     steps = averages(2)
     robust, plain = stepped(replica_of(robust=True), steps), stepped(replica_of(), steps)
     assert robust.center_D is not None
-    assert torch.equal(robust.center_D, steps[-1])
+    expected_D = steps[0] * MEMORY + steps[1] * (1 - MEMORY)
+    assert torch.equal(robust.center_D, expected_D)
     assert plain.center_D is None
     taker = replica_of(robust=True)
     taker.load(robust.save()[1])
     assert taker.center_D is not None
-    assert torch.equal(taker.center_D, steps[-1])
+    assert torch.equal(taker.center_D, expected_D)
     taker.load(replica_of(robust=True).save()[1])
     assert taker.center_D is None  # at epoch 0 nobody has one
 
@@ -232,3 +241,165 @@ def test_a_robust_state_has_a_center_that_fits(center_D: Tensor | None) -> None:
         replica.load(changed(good, center=center_D))
     assert replica.epoch == 0
     assert replica.load(good).epoch == 2
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("robust", [False, True])
+def test_no_state_is_longer_than_most_bytes(optimizer: str, robust: bool) -> None:
+    """Known before the first step; and what it leaves to a liar is little, at any size of the network."""
+    most_bytes = replica_of(optimizer, robust=robust).most_bytes
+    for steps in (0, 1, 3):
+        replica = stepped(replica_of(optimizer, robust=robust), averages(steps))
+        assert len(replica.save()[1]) <= most_bytes == replica.most_bytes
+    large = nn.Linear(2000, 500)
+    party = Party(large, OPTIMIZERS[optimizer](list(large.parameters())), Source(bytes(32)))
+    replica = Replica(party, RECIPE, robust=robust)
+    replica.step(torch.ones(replica.numbers))
+    length = len(replica.save()[1])
+    assert length <= replica.most_bytes <= length + (1 << 20) + 16 * 512
+
+
+# Giving and taking states
+
+
+@final
+class Taker:
+    """Who asks, as hivemind tells it."""
+
+    class remote_id:  # noqa: N801
+        """hivemind's."""
+
+        @staticmethod
+        def to_bytes() -> bytes:
+            """Any id."""
+            return b"peer"
+
+
+def asked(states: state.States) -> AsyncIterator[Any]:
+    return states.give(runtime_pb2.ExpertRequest(), Taker())
+
+
+def counted(replica: Replica) -> list[bytes]:
+    """What `save` returns from now on."""
+    saved: list[bytes] = []
+    save_ = replica.save
+
+    def save_and_count() -> tuple[Version, bytes]:
+        version, content = save_()
+        saved.append(content)
+        return version, content
+
+    replica.save = save_and_count  # type: ignore[method-assign]
+    return saved
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_PIECE", 100)
+    monkeypatch.setattr(state, "_BUSY_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_takers_of_one_state_share_one_copy() -> None:
+    """A step later there is another; each taker has one of them whole; with the last upload the copy is forgotten."""
+    replica = stepped(replica_of(), averages(2))
+    saved, states = counted(replica), state.States(replica, OpenDoor())
+
+    async def give() -> list[bytes]:
+        one, other = asked(states), asked(states)
+        found = [(await anext(one)).metadata, (await anext(other)).metadata]
+        assert len(saved) == 1
+        replica.step(averages(1)[0])
+        found[0] += b"".join([piece.metadata async for piece in one])
+        found.append(b"".join([piece.metadata async for piece in asked(states)]))
+        found[1] += b"".join([piece.metadata async for piece in other])
+        assert states._copy is None
+        return found
+
+    found = asyncio.run(give())
+    assert len(saved) == 2
+    assert found == [saved[0], saved[0], saved[1]]
+    assert states.bytes_sent == sum(map(len, found))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_third_taker_is_told_to_come_again() -> None:
+    states = state.States(replica_of(), OpenDoor())
+
+    async def give() -> None:
+        takers = [asked(states), asked(states)]
+        for each in takers:
+            await anext(each)
+        with pytest.raises(MessageError, match="busy"):
+            await anext(asked(states))
+        await takers[0].aclose()  # type: ignore[attr-defined]  # it breaks off
+        assert [piece async for piece in asked(states)]
+        await takers[1].aclose()  # type: ignore[attr-defined]
+        assert states._copy is None
+
+    asyncio.run(give())
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_taker_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_UPLOAD_SECONDS", 0.05)
+    states = state.States(replica_of(), OpenDoor())
+
+    async def send_to_one_who_reads_once() -> None:
+        async for _ in asked(states):
+            await asyncio.sleep(30)
+
+    async def give() -> None:
+        for _ in range(3):
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.create_task(send_to_one_who_reads_once())
+        assert [piece async for piece in asked(states)]
+
+    asyncio.run(asyncio.wait_for(give(), 10))
+
+
+@final
+class Donor:
+    """A service of one donor that gives pieces, each after so many seconds."""
+
+    def __init__(self, pieces: list[bytes], seconds: float = 0.0, *, endless: bool = False) -> None:
+        self._pieces, self._seconds, self._endless = pieces, seconds, endless
+
+    def stub(self, _: bytes) -> Donor:
+        """Of itself."""
+        return self
+
+    async def rpc_state(self, _: object) -> AsyncIterator[Any]:
+        """The pieces, again and again if endless."""
+
+        async def give() -> AsyncIterator[Any]:
+            while True:
+                for piece in self._pieces:
+                    await asyncio.sleep(self._seconds)
+                    yield runtime_pb2.ExpertResponse(metadata=piece)
+                if not self._endless:
+                    return
+
+        return give()
+
+
+def fetched(donor: Donor, most_bytes: int = 1000) -> bytes:
+    return asyncio.run(asyncio.wait_for(state._fetch(donor, b"peer", b"", 0.3, most_bytes), 10))
+
+
+def test_a_download_has_an_end() -> None:
+    """Whole up to the most that a state has; not beyond, not at any speed, and not without content."""
+    assert fetched(Donor([b"x" * 500] * 2)) == b"x" * 1000
+    assert fetched(Donor([b"x" * 500] * 2, seconds=0.2)) == b"x" * 1000
+    with pytest.raises(MessageError, match="more than 999 bytes"):
+        fetched(Donor([b"x" * 500] * 2), most_bytes=999)
+    with pytest.raises(MessageError, match="more than 1000 bytes"):
+        fetched(Donor([b"x"], endless=True))
+    with pytest.raises(MessageError, match="less than 65536 bytes/s"):
+        fetched(Donor([b"x"], seconds=0.05, endless=True))
+    with pytest.raises(MessageError, match="less than 65536 bytes/s"):
+        fetched(Donor([b""], seconds=0.01, endless=True))
+    with pytest.raises(MessageError, match="gives no state"):
+        fetched(Donor([]))
+    with pytest.raises(TimeoutError):
+        fetched(Donor([b"x"], seconds=5))
