@@ -9,8 +9,8 @@ an honest training is no part of that ratio, but Adam amplifies the least differ
 4 % away, with SGD 0.1 %.
 
 Three ways: none (the mean; each part reduced by one peer, as in hivemind); clipping at honest reducers alone (with its
-memory, and claims of records capped at 4 medians); all (also: each part reduced by two and compared, the implausible
-recomputed, an eighth of the peers check a part of each epoch at random, and who is not heard for long is out).
+memory, and claims of records capped at two medians); all, as `collaboration.robust` does (also: each part reduced by
+two and compared, the implausible recomputed, and who is not heard for long is out).
 
 The liars agree, know all contributions, and hide nothing from each other. `simulated_peers.py` says how peers work.
 """
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.setting import command_line, machine_line, write_result
 from benchmarks.simulated_peers import LIARS, PEERS, Contribute, Defense, Known, Lie, Outcome, Setting, train
 from milkglass.collaboration.centered_clipping import MEMORY
+from milkglass.collaboration.weights import ROBUST_CAP
 from milkglass.data import Deal, deal, load
 from milkglass.networks import build
 from milkglass.randomness import public_source
@@ -39,8 +40,8 @@ from milkglass.randomness import public_source
 _RATES: Final = {"sgd": 0.1, "adam": 0.01}
 _DEFENSES: Final = {
     "none": Defense(),
-    "clipping": Defense(clip=True, memory=MEMORY, cap=4.0),
-    "all": Defense(clip=True, memory=MEMORY, cap=4.0, twice=True, outs=True, audits=1 / 8),
+    "clipping": Defense(clip=True, memory=MEMORY, cap=ROBUST_CAP),
+    "all": Defense(clip=True, memory=MEMORY, cap=ROBUST_CAP, twice=True, outs=True),
 }
 _UNEQUAL: Final = tuple(float(2 ** (peer % 4)) for peer in range(PEERS))
 _FACTOR: Final = 4.0
@@ -61,7 +62,7 @@ def main() -> None:
     rows = make(arguments.data, arguments.optimizer, seeds)
     print(f"<!-- {command_line()}; {machine_line()}; {time.perf_counter() - begun:.0f} s -->\n")
     print(
-        "| what 3 of 16 do | loss without a defense | clipping alone | all | accuracy, %, without and with all | liars out, by epoch |"
+        "| what 3 of 16 do | loss, no defense | clipping alone | all | accuracy, %, none / all | liars out, by epoch |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -124,12 +125,18 @@ def _times(factor: float) -> Contribute:
 def _noise(known: Known) -> Tensor:
     """Ten times as large as the true ones."""
     noise_LD = torch.randn(known.own_LD.shape, generator=known.generator)
-    return noise_LD * (10 * known.own_LD.norm(dim=1) / noise_LD.norm(dim=1)).unsqueeze(1)
+    times_L1: Tensor = (10 * known.own_LD.norm(dim=1) / noise_LD.norm(dim=1)).unsqueeze(1)
+    return noise_LD * times_L1
 
 
 def _a_little(deviations: float) -> Contribute:
     """Baruch, Baruch and Goldberg, NeurIPS 2019, arXiv 1902.06156: all the same, a little below the mean everywhere."""
-    return lambda known: (known.honest_HD.mean(0) - deviations * known.honest_HD.std(0)).expand_as(known.own_LD)
+
+    def contribute(known: Known) -> Tensor:
+        below_D: Tensor = known.honest_HD.mean(0) - deviations * known.honest_HD.std(0)
+        return below_D.expand_as(known.own_LD)
+
+    return contribute
 
 
 def _hidden(reach: float) -> Contribute:
@@ -139,7 +146,8 @@ def _hidden(reach: float) -> Contribute:
         mean_D = known.honest_HD.mean(0)
         along_D = known.center_D if bool(known.center_D.any()) else mean_D
         typical = (known.honest_HD - mean_D).norm(dim=1).median()
-        return (mean_D - reach * typical * along_D / along_D.norm()).expand_as(known.own_LD)
+        hidden_D: Tensor = mean_D - reach * typical * along_D / along_D.norm()
+        return hidden_D.expand_as(known.own_LD)
 
     return contribute
 
@@ -157,13 +165,15 @@ def _turned(known: Known, true_D: Tensor) -> Tensor:  # noqa: ARG001
 
 def _random(known: Known, true_D: Tensor) -> Tensor:
     noise_D = torch.randn(true_D.shape, generator=known.generator)
-    return noise_D * (10 * true_D.norm() / noise_D.norm())
+    times: Tensor = 10 * true_D.norm() / noise_D.norm()
+    return noise_D * times
 
 
 def _just_plausible(known: Known, true_D: Tensor) -> Tensor:
     """Against the true part, as far from the center as all honest peers let pass."""
-    nearest = (known.gradients_HD - known.center_D).norm(dim=1).min()
-    return known.center_D - true_D * (0.999 * _FACTOR * nearest / true_D.norm().clamp_min(1e-12))
+    nearest: Tensor = (known.gradients_HD - known.center_D).norm(dim=1).min()
+    times: Tensor = 0.999 * _FACTOR * nearest / true_D.norm().clamp_min(1e-12)
+    return known.center_D - times * true_D
 
 
 _BARUCH: Final = statistics.NormalDist().inv_cdf((PEERS - PEERS // 2 - 1) / (PEERS - len(LIARS)))

@@ -121,8 +121,7 @@ class Setting:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """loss: mean cross-entropy of all training records, infinite where training diverged. accuracy: of test records, 0 to 1, NaN
-    where it diverged.
+    """loss: mean cross-entropy of all training records. accuracy: of test records, 0 to 1. Diverged: infinite, and NaN.
 
     counts: as in `_Group`. banned: (epoch, peer).
     """

@@ -66,14 +66,16 @@ class ClippedMean:
 def centered_clip(x_ND: Tensor, weights_N: Tensor, center_D: Tensor | None = None, iterations: int = 3) -> ClippedMean:
     """The robust mean of contributions (N, D), weights (N,), around `center_D` (D,), the same at all honest peers.
 
-    center_D: the running mean of earlier results; None at first: then the weighted median of each column. Contributions
-    that are not finite, or have no positive finite weight, count as absent. The result is a convex combination of
-    the others. Raises MessageError where shapes do not fit, the center is not finite, or no contribution is left.
+    center_D: the running mean of earlier results; None (nothing yet) counts as 0. Contributions that are not finite, or
+    have no positive finite weight, count as absent. The result is a convex combination of the others. Raises
+    MessageError where shapes do not fit, the center is not finite, or no contribution is left.
     """
     _check(x_ND, weights_N, center_D, iterations)
     present, weights = _present(x_ND, weights_N)
     rows = [x_ND[i].detach() for i in present]
-    v_D = _column_medians(rows, weights) if center_D is None else center_D.detach().to(torch.float64, copy=True)
+    v_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+    if center_D is not None:
+        v_D += center_D.detach()
     typical = _lower_median(weights, weights)
     radius, heard = 0.0, [1.0] * len(rows)
     for _ in range(iterations):
@@ -224,22 +226,3 @@ def _lower_median(values: Sequence[float], weights: Sequence[float]) -> float:
     half = math.fsum(weights) / 2
     reached = accumulate(weights[i] for i in order)
     return next(values[i] for i, weight in zip(order, reached, strict=True) if weight >= half)
-
-
-def _column_medians(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted median (D,) of each column, float64; half-way between two where they split the weight."""
-    medians_D = torch.empty(len(rows[0]), dtype=torch.float64)
-    weights_N1 = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
-    half = math.fsum(weights) / 2
-    for columns, x_NC in _blocks(rows):
-        sorted_NC, order_NC = x_NC.sort(dim=0, stable=True)
-        reached_C = torch.zeros(x_NC.shape[1], dtype=torch.float64)
-        low_C, high_C = torch.zeros_like(reached_C, dtype=torch.int64), torch.zeros_like(reached_C, dtype=torch.int64)
-        for weight_C in weights_N1.expand_as(x_NC).gather(0, order_NC):
-            reached_C += weight_C
-            low_C += reached_C < half
-            high_C += reached_C <= half
-        ends_2C = torch.stack([low_C, high_C]).clamp_max_(len(rows) - 1)
-        low, high = sorted_NC.gather(0, ends_2C)
-        medians_D[columns] = low + (high - low) / 2
-    return medians_D

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -51,6 +51,19 @@ class Contribution:
     packed: tuple[runtime_pb2.Tensor, ...] = ()
 
 
+class Included(NamedTuple):
+    """A contributor of an average. member: its index. samples, loss, digest: of its share.
+
+    heard: the share of its weight that counted, 0 to 1; in robust mode less than 1 for who is far from the others.
+    """
+
+    member: int
+    samples: int
+    loss: float
+    digest: str
+    heard: float
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Average:
@@ -58,17 +71,17 @@ class Average:
 
     value_D: Tensor
     packed: tuple[runtime_pb2.Tensor, ...]
-    included: tuple[tuple[int, int, float, str], ...]
+    included: tuple[Included, ...]
 
     @property
     def samples(self) -> int:
         """Records behind it, as claimed."""
-        return sum(samples for _, samples, _, _ in self.included)
+        return sum(each.samples for each in self.included)
 
     @property
     def loss(self) -> float:
         """Mean over those records, as claimed."""
-        return sum(samples * loss for _, samples, loss, _ in self.included) / max(self.samples, 1)
+        return sum(each.samples * each.loss for each in self.included) / max(self.samples, 1)
 
 
 @final
@@ -89,16 +102,19 @@ class Averaging:
         rows = [contributions[index].row_D for index in order]
         if not rows or not sum(weights):
             raise MessageError("nobody contributed")
+        heard = [1.0] * len(order)
         if self.robust:
             center_D = None if self.center_D is None else self.center_D[start:stop]
-            mean_D = centered_clip(torch.stack(rows), torch.tensor(weights), center_D).value_D
+            found = centered_clip(torch.stack(rows), torch.tensor(weights), center_D)
+            mean_D, heard = found.value_D, [round(each, 3) for each in found.heard_N.tolist()]
         else:
             mean_D = torch.zeros(stop - start)
             for weight, row_D in zip(weights, rows, strict=True):  # in this order everywhere: the same bits
                 mean_D.add_(row_D, alpha=weight / sum(weights))
         packed = tuple(self.pack(mean_D))
         included = tuple(
-            (index, share.samples, share.loss, share.digest) for index, share in zip(order, shares, strict=True)
+            Included(index, share.samples, share.loss, share.digest, part)
+            for index, share, part in zip(order, shares, heard, strict=True)
         )
         return Average(self.read(packed, start, stop), packed, included)
 

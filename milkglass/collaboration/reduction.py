@@ -33,6 +33,7 @@ from milkglass.collaboration.duty import (
     Averaging,
     Contribution,
     Duty,
+    Included,
     Share,
     digest_of,
     share_from,
@@ -81,7 +82,8 @@ class Part:
 class Outcome:
     """What a round came to. vector_D: the average, the same bits at all. samples, loss: as claimed, of all.
 
-    sent, received: bytes of this volunteer's messages. caught: peer ids that were seen to lie.
+    sent, received: bytes of this volunteer's messages. caught: peer ids that were seen to lie. heard: by peer id
+    the share of a contributor's weight that counted, over all parts.
     """
 
     vector_D: Tensor
@@ -91,6 +93,7 @@ class Outcome:
     sent: int
     received: int
     caught: frozenset[bytes] = frozenset()
+    heard: Mapping[bytes, float] = field(default_factory=dict)
 
 
 def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
@@ -284,7 +287,7 @@ class Reductions:
 
     async def _read_answer(self, begun: Round, answers: AsyncIterator[Any], start: int, stop: int) -> Average:
         packed: list[runtime_pb2.Tensor] = []
-        included: tuple[tuple[int, int, float, str], ...] = ()
+        included: tuple[Included, ...] = ()
         for _ in pieces(start, stop):
             answer = await anext(answers)
             begun.received += answer.ByteSize()
@@ -377,18 +380,21 @@ def _joined(averages: Sequence[Average]) -> Average:
     )
 
 
-def read_included(metadata: bytes, members: int) -> tuple[tuple[int, int, float, str], ...]:
+def read_included(metadata: bytes, members: int) -> tuple[Included, ...]:
     """Of whom an average is made, as its reducer says. Raises MessageError."""
     try:
         read = tuple(
-            (int(i), int(samples), float(loss), str(digest)) for i, samples, loss, digest in json.loads(metadata)
+            Included(int(index), int(samples), float(loss), str(digest), float(heard))
+            for index, samples, loss, digest, heard in json.loads(metadata)
         )
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MessageError(f"an average that does not say of whom it is made: {first_line(error)}") from None
     if any(not 0 <= index < members for index, *_ in read) or len({index for index, *_ in read}) < len(read):
         raise MessageError("an average of somebody who is not of the group, or twice of one")
-    if any(not 0 <= samples < MOST_SAMPLES or not math.isfinite(loss) for _, samples, loss, _ in read):
+    if any(not 0 <= each.samples < MOST_SAMPLES or not math.isfinite(each.loss) for each in read):
         raise MessageError("an average of more records than there can be")
+    if any(not 0 <= each.heard <= 1 for each in read):
+        raise MessageError("an average in which somebody counts more than once")
     return read
 
 
@@ -404,4 +410,18 @@ def outcome(begun: Round, averages: Mapping[int, Average], caught: frozenset[byt
     first = averages[0]
     vector_D = torch.cat([averages[number].value_D for number in range(len(begun.parts))])
     members = len(begun.group.members)
-    return Outcome(vector_D, first.samples, first.loss, members, begun.sent, begun.received, caught)
+    heard = _heard(begun, averages)
+    return Outcome(vector_D, first.samples, first.loss, members, begun.sent, begun.received, caught, heard)
+
+
+def _heard(begun: Round, averages: Mapping[int, Average]) -> dict[bytes, float]:
+    """How much of each contributor's weight counted, over the parts that it is in."""
+    counted: dict[bytes, float] = {}
+    there: dict[bytes, int] = {}
+    for number, part in enumerate(begun.parts):
+        numbers = part.stop - part.start
+        for each in averages[number].included:
+            peer = begun.group.members[each.member].peer_id
+            counted[peer] = counted.get(peer, 0.0) + each.heard * numbers
+            there[peer] = there.get(peer, 0) + numbers
+    return {peer: total / there[peer] for peer, total in counted.items()}

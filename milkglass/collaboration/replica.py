@@ -50,8 +50,8 @@ class Version:
 class Replica:
     """Held by the training, read by the event loop too: every method holds its lock.
 
-    party: the network, its optimizer, its learning rate by step. robust: keep a running mean of the averages, around which
-    the next contributions are clipped.
+    party: the network, its optimizer, its learning rate by step. robust: keep a running mean of the
+    averages, around which the next contributions are clipped.
     """
 
     def __init__(self, party: Party, recipe_digest: bytes, *, robust: bool) -> None:

@@ -9,9 +9,9 @@ import asyncio
 import concurrent.futures
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from torch import Tensor
@@ -31,12 +31,13 @@ from milkglass.collaboration.replica import Replica
 from milkglass.collaboration.service import Greeter, Greeting, Service, greet
 from milkglass.collaboration.signed_records import SignedRecords
 from milkglass.collaboration.state import Download, States, donors, download
+from milkglass.collaboration.weights import ROBUST_CAP
 from milkglass.collaboration.wire_vector import VectorCodec
 from milkglass.errors import LinkError, RecipeError, foreign_line
 from milkglass.recipe import Recipe, first_difference, parse_recipe
 
-ROBUST_CAP: Final = 2.0
-"""With it a third of liars has less than half of the weight, however much they claim (`weights.py`)."""
+_HEARD: Final = 0.9  # of a running mean
+_LEAST_HEARD: Final = 0.5
 _MEASUREMENTS: Final = 3
 _MEASURE_SECONDS: Final = 2.0
 _REMEMBER_SECONDS: Final = 2.0
@@ -105,6 +106,7 @@ class Session:
         self.bandwidth: float | None = None
         self.caught: set[bytes] = set()
         self.known: list[str] = []
+        self._heard: dict[bytes, float] = {}
 
     @property
     def others(self) -> dict[bytes, Report]:
@@ -155,8 +157,17 @@ class Session:
             raise
         finally:
             self._averages = False
+        if self._section.robust:
+            found = replace(found, caught=found.caught | self._unheard(found.heard))
         self._catch(found.caught)
         return found
+
+    def _unheard(self, heard: Mapping[bytes, float]) -> frozenset[bytes]:
+        """Who was so far from all others, for long, that next to nothing of it counted: what still does is too much."""
+        for peer, part in heard.items():
+            self._heard[peer] = _HEARD * self._heard.get(peer, 1.0) + (1 - _HEARD) * part
+        out = {peer for peer in heard if self._heard[peer] < _LEAST_HEARD} - {self.node.identity.peer_id}
+        return frozenset(out - self.caught)
 
     def catch_up(self) -> Download:
         """Take over the state that most have. Raises MessageError where nobody gives it."""

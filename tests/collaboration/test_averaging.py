@@ -337,8 +337,14 @@ def test_a_member_says_one_part_and_signs_another(four: list[Volunteer]) -> None
 
 
 def test_included_is_checked() -> None:
-    assert read_included(b'[[0, 5, 0.5, ""], [2, 3, 1, "d"]]', 3) == ((0, 5, 0.5, ""), (2, 3, 1.0, "d"))
-    for lie in (b"", b"{}", b"[[0]]", b"5", b'[[3, 5, 0.5, ""]]', b'[[-1, 5, 0.5, ""]]', b'[[0, -5, 0.5, ""]]'):
+    assert read_included(b'[[0, 5, 0.5, "", 1.0], [2, 3, 1, "d", 0]]', 3) == (
+        (0, 5, 0.5, "", 1.0),
+        (2, 3, 1.0, "d", 0.0),
+    )
+    for lie in (
+        *(b"", b"{}", b"[[0]]", b"5", b'[[3, 5, 0.5, "", 1]]', b'[[-1, 5, 0.5, "", 1]]', b'[[0, -5, 0.5, "", 1]]'),
+        *(b'[[0, 5, 0.5, ""]]', b'[[0, 5, 0.5, "", 1.5]]', b'[[0, 5, 0.5, "", NaN]]'),
+    ):
         if lie != b"{}":
             with pytest.raises(MessageError):
                 read_included(lie, 3)
@@ -350,9 +356,9 @@ def test_included_is_checked() -> None:
         ("1", "1" + "0" * 400),
     ):
         with pytest.raises(MessageError):
-            read_included(f'[[0, {samples}, {loss}, ""]]'.encode(), 3)
+            read_included(f'[[0, {samples}, {loss}, "", 1]]'.encode(), 3)
     with pytest.raises(MessageError, match="twice"):
-        read_included(b'[[0, 5, 0.5, ""], [0, 5, 0.5, ""]]', 3)
+        read_included(b'[[0, 5, 0.5, "", 1], [0, 5, 0.5, "", 1]]', 3)
     with pytest.raises(MessageError):
         read_included(b"[" * 30_000, 3)
 
