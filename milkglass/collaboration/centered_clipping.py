@@ -9,8 +9,8 @@ have a memory (momentum), so that their noise is small beside what they agree on
   largest honest distance nor close it. Where nobody is an outlier the result is the weighted mean itself.
 - A mean of n records has a noise of 1 / sqrt(n): distances are compared after they are multiplied with the root of the
   weight. So the slow are no outliers, and who claims many records must be the closer to the others.
-- Beyond the radius the pull falls with the third power, not the first, and what is cut off counts in the sum of
-  weights: who is five times as far as he may be has 1/125 of his say, where clipping would leave him a fifth.
+- Beyond the radius the pull falls with the third power, not the first, and the sum of weights by as much: who is five
+  times as far as he may be keeps 1/125 of his pull, where clipping would leave him a fifth.
 - The memory is in what is contributed, not in the optimizer (`compensated`): the average of all contributions is
   the average gradient of this epoch, and any optimizer works as ever.
 

@@ -228,9 +228,8 @@ class Volunteer:
             self._note(f"epoch {self._replica.epoch}: the averaging failed, and is tried again: {error}")
             return
         for peer in sorted(found.caught):
-            self._note(
-                f"epoch {self._replica.epoch}: {short_name(peer)} lied, or was far from all others for long: it is kept out"
-            )
+            words = "lied, or was far from all others for long: it is kept out"
+            self._note(f"epoch {self._replica.epoch}: {short_name(peer)} {words}")
         if mean_D is not None:
             self._gradients.averaged(mean_D, found.vector_D)
         self._finish(found, waited, time.monotonic() - begun)
