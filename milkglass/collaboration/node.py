@@ -69,8 +69,9 @@ class Node:
         self._peers, self._listen, self._validator = tuple(check_address(peer) for peer in peers), listen, validator
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_keep_quiet)
-        begin = partial(self._loop.subprocess_exec, start_new_session=True)  # no Ctrl-C of this terminal reaches it
-        self._loop.subprocess_exec = begin  # type: ignore[method-assign]
+        self._daemons: list[asyncio.SubprocessTransport] = []
+        self._start_process = self._loop.subprocess_exec
+        self._loop.subprocess_exec = self._start_daemon  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._serve, name="collaboration", daemon=True)
         self.p2p: Any = None
         self.dht: Any = None
@@ -129,6 +130,12 @@ class Node:
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+
+    async def _start_daemon(self, *arguments: Any, **options: Any) -> Any:
+        """As the loop's own, for hivemind, which does not ask: no Ctrl-C of this terminal reaches the daemon."""
+        found = await self._start_process(*arguments, start_new_session=True, **options)
+        self._daemons.append(found[0])
+        return found
 
     async def _start(self) -> None:
         host, port = self._listen
@@ -196,6 +203,11 @@ class Node:
                 await asyncio.wait_for(self.dht.shutdown(), _DAEMON_SECONDS)
         if self.p2p is not None:
             await self.p2p.shutdown()
+        for daemon in self._daemons:  # hivemind forgets one that did not come to work
+            daemon.close()
+        end = self._loop.time() + _DAEMON_SECONDS
+        while any(daemon.get_returncode() is None for daemon in self._daemons) and self._loop.time() < end:
+            await asyncio.sleep(_FIND_AGAIN_SECONDS)
         for _ in range(_CANCELLATIONS):  # hivemind's matchmaking waits for others even as it is cancelled
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
