@@ -40,7 +40,7 @@ _HEARD: Final = 0.9  # of a running mean
 _LEAST_HEARD: Final = 0.5
 _MEASUREMENTS: Final = 3
 _MEASURE_SECONDS: Final = 2.0
-_REMEMBER_SECONDS: Final = 2.0
+_REMEMBER_SECONDS: Final = 0.5
 
 
 @final

@@ -185,12 +185,12 @@ def test_one_that_dawdles_is_left_out_of_what_it_did_not_deliver(
     """A piece now and then, each in time, would hold a round for ever: there is an end for all of them together."""
     two = [four[2], four[3]]
     numbers = 8 * PIECE
-    prepare(two, numbers, timeout_seconds=3.0)
+    prepare(two, numbers, timeout_seconds=6.0)
     four[3].session._reductions.timeout_seconds = 30.0  # it does not give up itself
-    stalling(four[3], monkeypatch, seconds=0.7)
+    stalling(four[3], monkeypatch, seconds=1.4)
     x = vectors(2, numbers)
     found = averaged(two, group_of(two, unreachable=[1]), x, [1, 3])
-    assert isinstance(found[0], Outcome)  # within its time-out, of 3 seconds
+    assert isinstance(found[0], Outcome)  # within its time-out, of 6 seconds
     last = slice(7 * PIECE, None)
     assert torch.equal(found[0].vector_D[last], x[0][last])
     assert torch.allclose(found[0].vector_D[:PIECE], mean(x, [1, 3])[:PIECE].float(), atol=1e-6)
@@ -268,7 +268,10 @@ async def _ask(volunteer: Volunteer, of: Volunteer, head: object, sealed: bytes,
         yield runtime_pb2.ExpertRequest(tensors=[codec_piece])
 
     answers = await volunteer.session._service.stub(of.peer_id).rpc_reduce(messages())
-    return [answer async for answer in answers]
+    found = [answer async for answer in answers]
+    if not found:  # now and then hivemind closes the stream before its error is read
+        raise MessageError("nothing came back")
+    return found
 
 
 def words(group: Group, part: int, **changes: Any) -> dict[str, Any]:
