@@ -27,7 +27,8 @@ from milkglass.collaboration.centered_clipping import is_plausible
 from milkglass.collaboration.duty import Average, Contribution, digest_of, share_from
 from milkglass.collaboration.engine import P2PContext, runtime_pb2
 from milkglass.collaboration.identity import short_name
-from milkglass.collaboration.reduction import PURPOSE, Outcome, Reductions, Round, RoundFailedError, outcome
+from milkglass.collaboration.parts import RoundFailedError
+from milkglass.collaboration.reduction import PURPOSE, Outcome, Reductions, Round, outcome
 from milkglass.collaboration.sealed import read_json, unseal
 from milkglass.errors import MessageError
 

@@ -17,7 +17,7 @@ from typing import Any, Final, final
 
 from milkglass.collaboration.admission import Admission
 from milkglass.collaboration.engine import Matchmaking, P2PContext, ServicerBase, averaging_pb2, get_dht_time
-from milkglass.collaboration.identity import peer_name, short_name
+from milkglass.collaboration.identity import short_name
 from milkglass.collaboration.node import Node, Notices
 from milkglass.collaboration.sealed import seal, unseal
 from milkglass.errors import MessageError
@@ -231,8 +231,3 @@ def without_banned(members: Iterable[Member]) -> list[Member]:
         if 2 * votes <= len(members) - 1:
             kept.append(member)
     return kept
-
-
-def names(group: Group) -> str:
-    """Its members, for a log."""
-    return ", ".join(peer_name(member.peer_id)[-8:] for member in group.members)

@@ -1,6 +1,6 @@
 """The butterfly all-reduce of one round: every volunteer reduces a part of the vector for all (DeDLOC, hivemind).
 
-Parts are as large as a linear program over bandwidths says (`shares.py`). Differences from hivemind's all-reduce, which
+Who reduces what stands in `parts.py`. Differences from hivemind's all-reduce, which
 cannot be told so from outside:
 - what comes back is the average itself and not the difference to one's own, so that all hold the same bits;
 - a part that fails is asked for again in a new round, and never replaced by one's own gradients;
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import math
-import statistics
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -42,39 +40,18 @@ from milkglass.collaboration.engine import P2PContext, runtime_pb2
 from milkglass.collaboration.group import Group
 from milkglass.collaboration.identity import short_name
 from milkglass.collaboration.node import Node
+from milkglass.collaboration.parts import Part, RoundFailedError, plan
 from milkglass.collaboration.sealed import read_json, seal, unseal
-from milkglass.collaboration.shares import sizes
 from milkglass.collaboration.wire_vector import pieces
 from milkglass.errors import MessageError, first_line
 
 PURPOSE: Final = "contribution"
-_EQUAL: Final = 1.0
-_WIDEST: Final = 1000.0
-"""A bandwidth counts for so many medians at most, and one over that at least: it is only claimed."""
 
 
 NOT_BEGUN: Final = 1 / 3
 _DELIVERED: Final = 2 / 3
 _ANSWERED: Final = 5 / 6
 """Shares of the time-out, after which is left out who has sent nothing, who has not sent all, who has not answered."""
-
-
-class RoundFailedError(Exception):
-    """An averaging that came to nothing: try again. caught: peer ids that were seen to lie in it."""
-
-    def __init__(self, why: str, caught: frozenset[bytes] = frozenset()) -> None:
-        super().__init__(why)
-        self.caught = caught
-
-
-@final
-@dataclass(frozen=True)
-class Part:
-    """A slice of the vector, start:stop, and the members who reduce it: one, or in robust mode two."""
-
-    start: int
-    stop: int
-    reducers: tuple[int, ...]
 
 
 @final
@@ -94,34 +71,6 @@ class Outcome:
     received: int
     caught: frozenset[bytes] = frozenset()
     heard: Mapping[bytes, float] = field(default_factory=dict)
-
-
-def plan(group: Group, numbers: int, *, robust: bool) -> list[Part]:
-    """Who reduces what, the same at all members: they compute it from what all were told."""
-    able = [index for index, member in enumerate(group.members) if member.reachable]
-    if not able or (robust and len(able) < 2):
-        raise RoundFailedError("too few in the group can be reached")
-    lengths = sizes(numbers, _bandwidths(group))
-    if robust:  # who reduces with whom cannot be foreseen: two that conspire meet now and then, not always
-        able.sort(key=lambda index: hashlib.sha256(group.round_id + group.members[index].peer_id).digest())
-    parts, start = [], 0
-    for place, index in enumerate(able):
-        stop = start + lengths[index]
-        if stop > start:
-            second = (able[(place + 1) % len(able)],) if robust else ()
-            parts.append(Part(start, stop, (index, *second)))
-        start = stop
-    return parts
-
-
-def _bandwidths(group: Group) -> list[float]:
-    """Of each member, in medians: 0 for who is not reachable, 1 where not measured."""
-    measured = [member.bandwidth for member in group.members if member.reachable and member.bandwidth is not None]
-    if not measured:
-        return [_EQUAL if member.reachable else 0.0 for member in group.members]
-    middle = statistics.median_low(measured)
-    found = [(each.bandwidth or middle) / middle if each.reachable else 0.0 for each in group.members]
-    return [min(max(each, 1 / _WIDEST), _WIDEST) if each else 0.0 for each in found]
 
 
 @final
@@ -149,12 +98,6 @@ class Round:
     def blocks(self, part: Part) -> list[tuple[int, int]]:
         """A block is averaged at once: a piece, or in robust mode, where its length counts, all of the part."""
         return [(part.start, part.stop)] if self.averaging.robust else pieces(part.start, part.stop)
-
-    def contribution(self, start: int, stop: int) -> Contribution:
-        """Our own, of a block, as others read it."""
-        assert self.own_D is not None
-        packed = tuple(self.averaging.pack(self.own_D[start:stop]))
-        return Contribution(self.share, self.averaging.read(packed, start, stop), packed)
 
 
 @final

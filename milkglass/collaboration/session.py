@@ -25,8 +25,9 @@ from milkglass.collaboration.engine import P2P
 from milkglass.collaboration.group import Group, Matcher, Member
 from milkglass.collaboration.identity import Identity, peer_name
 from milkglass.collaboration.node import BROKEN, Node, peer_of
+from milkglass.collaboration.parts import RoundFailedError
 from milkglass.collaboration.progress import Pace, Progress, Report, agreed_state, judge
-from milkglass.collaboration.reduction import Outcome, Reductions, RoundFailedError, outcome
+from milkglass.collaboration.reduction import Outcome, Reductions, outcome
 from milkglass.collaboration.replica import Replica
 from milkglass.collaboration.service import Greeter, Greeting, Service, greet
 from milkglass.collaboration.signed_records import SignedRecords

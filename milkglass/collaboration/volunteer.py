@@ -19,8 +19,9 @@ from milkglass.collaboration.contribution import Gradients
 from milkglass.collaboration.engine import get_dht_time
 from milkglass.collaboration.group import Group
 from milkglass.collaboration.identity import short_name
+from milkglass.collaboration.parts import RoundFailedError
 from milkglass.collaboration.progress import KEPT_STATES, Progress, Report
-from milkglass.collaboration.reduction import Outcome, RoundFailedError
+from milkglass.collaboration.reduction import Outcome
 from milkglass.collaboration.replica import Replica
 from milkglass.collaboration.session import Place, Session
 from milkglass.errors import LinkError, MessageError, MilkglassError

@@ -22,8 +22,9 @@ from milkglass.collaboration.admission import Admission, OpenDoor
 from milkglass.collaboration.engine import get_dht_time
 from milkglass.collaboration.group import Group, Member
 from milkglass.collaboration.identity import Identity, new_identity
+from milkglass.collaboration.parts import RoundFailedError
 from milkglass.collaboration.progress import Report
-from milkglass.collaboration.reduction import Outcome, RoundFailedError
+from milkglass.collaboration.reduction import Outcome
 from milkglass.collaboration.replica import Replica
 from milkglass.collaboration.session import Agreed, Place, Session, connected
 from milkglass.parties import Party

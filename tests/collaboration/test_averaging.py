@@ -22,7 +22,8 @@ from milkglass.collaboration.duty import Averaging
 from milkglass.collaboration.engine import get_dht_time, runtime_pb2
 from milkglass.collaboration.group import Group, Matcher, Member, read_member, without_banned
 from milkglass.collaboration.identity import Identity, new_identity
-from milkglass.collaboration.reduction import PURPOSE, Outcome, RoundFailedError, plan, read_included
+from milkglass.collaboration.parts import RoundFailedError, plan
+from milkglass.collaboration.reduction import PURPOSE, Outcome, read_included
 from milkglass.collaboration.sealed import seal
 from milkglass.collaboration.state import Download, download
 from milkglass.collaboration.wire_vector import PIECE, Compress, VectorCodec
@@ -187,7 +188,7 @@ def test_one_that_dawdles_is_left_out_of_what_it_did_not_deliver(
     numbers = 8 * PIECE
     prepare(two, numbers, timeout_seconds=6.0)
     four[3].session._reductions.timeout_seconds = 30.0  # it does not give up itself
-    stalling(four[3], monkeypatch, seconds=1.4)
+    stalling(four[3], monkeypatch, seconds=0.9)
     x = vectors(2, numbers)
     found = averaged(two, group_of(two, unreachable=[1]), x, [1, 3])
     assert isinstance(found[0], Outcome)  # within its time-out, of 6 seconds

@@ -22,7 +22,8 @@ from milkglass.collaboration.disputes import Shown, united
 from milkglass.collaboration.duty import Contribution, Share, digest_of
 from milkglass.collaboration.engine import runtime_pb2
 from milkglass.collaboration.group import Group, Member
-from milkglass.collaboration.reduction import PURPOSE, Outcome, RoundFailedError, plan
+from milkglass.collaboration.parts import RoundFailedError, plan
+from milkglass.collaboration.reduction import PURPOSE, Outcome
 from milkglass.collaboration.sealed import seal
 from milkglass.collaboration.wire_vector import VectorCodec
 from milkglass.errors import MessageError
