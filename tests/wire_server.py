@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self, final
 
 import grpc
+import pytest
 import torch
 
 from milkglass.certificates import Credentials, load_credentials
@@ -329,7 +330,11 @@ class Alone:
                 self._command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root, preexec_fn=limit
             )
         assert self._process.stdout is not None
-        self.process_id, self.port = self._process.pid, int(self._process.stdout.readline())
+        first = self._process.stdout.readline()
+        if not first:
+            self._process.communicate()
+            pytest.fail(f"the server ended with {self._process.returncode}: {self.log.read_text()}")
+        self.process_id, self.port = self._process.pid, int(first)
         return self
 
     def __exit__(

@@ -28,6 +28,7 @@ from milkglass.codec import decode, encode
 from milkglass.errors import LinkError, MessageError, MilkglassError
 from milkglass.messages import Message
 from milkglass.transports import door
+from milkglass.transports.address import every_address
 from milkglass.transports.agreement import GREETINGS, Agreement, read_greeting
 from milkglass.transports.door import Connection, Door, Health, StoppedError, Unwatched, Watch
 from milkglass.transports.exactly_once import Frames, Taking
@@ -107,19 +108,18 @@ class GrpcServer:
         try:
             if credentials is None:
                 door.check_plain(address)
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self._door.credentials(credentials))
-        except RuntimeError:
-            port = 0  # what gRPC says goes to its own log
-        if port == 0:
-            raise LinkError(f"cannot listen at {address}: it is in use, or no address of this machine")
+                ports = [self._server.add_insecure_port(place) for place in every_address(address)]
+            else:  # gRPC hands a set of these out once
+                shown = self._door.credentials
+                ports = [self._server.add_secure_port(place, shown(credentials)) for place in every_address(address)]
+        except RuntimeError as error:  # what gRPC says goes to its own log
+            raise LinkError(f"cannot listen at {address}: it is in use, or no address of this machine") from error
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._spawn(self._beat())
         if credentials is not None:
             self._spawn(self._watch_door())
-        return int(port)
+        return int(ports[0])
 
     async def run_until(self, over: asyncio.Event) -> None:
         """Serve until `over` is set. Raises what made further service impossible, such as a full disk."""

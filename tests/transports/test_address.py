@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from pathlib import Path
 
 import pytest
 
 from milkglass.cli import main
 from milkglass.errors import LinkError
-from milkglass.transports.address import checked_address
+from milkglass.transports.address import checked_address, every_address
 
 DIGITS = str(Path(__file__).parents[2] / "examples" / "digits.toml")
 FORM = "expected HOST:PORT"
@@ -41,6 +43,53 @@ def test_port_0_is_for_those_who_listen() -> None:
     assert checked_address("localhost:0", "--listen", free_port=True) == "localhost:0"
     with pytest.raises(LinkError, match="expected a number from 0 to 65535"):
         checked_address("localhost:65536", "--listen", free_port=True)
+
+
+@pytest.fixture
+def two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is [::1] and 127.0.0.1, as localhost is on most machines."""
+    found = [(socket.AF_INET6, "::1", (0, 0)), (socket.AF_INET, "127.0.0.1", ())]
+
+    def resolved(_: str, port: int, **__: object) -> list[tuple[object, ...]]:
+        return [(family, socket.SOCK_STREAM, 6, "", (host, port, *rest)) for family, host, rest in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+
+
+@pytest.mark.usefixtures("two_addresses")
+def test_whoever_listens_does_so_at_every_address_or_at_none() -> None:
+    places = every_address("localhost:0")
+    port = places[-1].rpartition(":")[2]
+    assert places in ([f"[::1]:{port}", f"127.0.0.1:{port}"], [f"127.0.0.1:{port}"])  # without IPv6
+    assert every_address(f"localhost:{port}") == places
+    with socket.create_server(("127.0.0.1", int(port))):
+        with pytest.raises(LinkError, match=f"cannot listen at localhost:{port}: it is in use"):
+            every_address(f"localhost:{port}")
+        assert every_address("localhost:0")
+
+
+def test_a_free_port_is_free_at_every_address(two_addresses: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """The second address is taken twice at the port that was free at the first: another one is taken."""
+    taken: list[object] = []
+
+    class Probe(socket.socket):
+        def bind(self, address: tuple[object, ...]) -> None:  # type: ignore[override]
+            if len(address) == 2 and len(taken) < 2:
+                taken.append(address[1])
+                raise OSError(errno.EADDRINUSE, "in use")
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    places = every_address("localhost:0")
+    assert len(taken) == 2
+    assert len({place.rpartition(":")[2] for place in places}) == 1
+
+
+def test_no_address_of_this_machine() -> None:
+    with pytest.raises(
+        LinkError, match=r"cannot listen at 192\.0\.2\.1:0: it is in use, or no address of this machine"
+    ):
+        every_address("192.0.2.1:0")
 
 
 @pytest.mark.parametrize(
