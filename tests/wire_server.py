@@ -315,20 +315,14 @@ class Alone:
     ) -> None:
         folder.mkdir()
         self.log = folder / "log"
-        arguments = [str(certificates), str(folder / "journal"), str(handshake_seconds)]
+        files = [] if most_files is None else [str(most_files)]
+        arguments = [str(certificates), str(folder / "journal"), str(handshake_seconds), *files]
         self._command = [sys.executable, "-m", "tests.wire_server", *arguments]
-        self._most_files = most_files
 
     def __enter__(self) -> Self:
-        def limit() -> None:
-            if self._most_files is not None:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (self._most_files // 2, self._most_files))
-
         root = Path(__file__).parents[1]
         with self.log.open("w") as errors:
-            self._process = subprocess.Popen(
-                self._command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root, preexec_fn=limit
-            )
+            self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root)
         assert self._process.stdout is not None
         first = self._process.stdout.readline()
         if not first:
@@ -366,4 +360,6 @@ async def _serve_alone(certificates: Path, folder: Path, handshake_seconds: floa
 
 
 if __name__ == "__main__":
+    if files := [int(word) for word in sys.argv[4:]]:  # here, not in a fork of a process with threads: that can crash
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files[0] // 2, files[0]))
     asyncio.run(_serve_alone(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])))

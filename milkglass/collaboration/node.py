@@ -190,8 +190,9 @@ class Node:
         )
 
     def _stop(self) -> None:
-        with contextlib.suppress(Exception):
-            self.run(self._end(), _LEAVE_SECONDS)
+        for work in (self._end, self._hang_up):
+            with contextlib.suppress(Exception):
+                self.run(work(), _LEAVE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_LEAVE_SECONDS)
         if not self._thread.is_alive():
@@ -214,6 +215,12 @@ class Node:
                 task.cancel()
             if others:
                 await asyncio.wait(others, timeout=_CANCEL_SECONDS)
+
+    async def _hang_up(self) -> None:
+        """Close the connections to the daemon of calls that were cancelled: hivemind leaves them open."""
+        for connection in list(getattr(self._loop, "_transports", {}).values()):  # asyncio tells them nowhere else
+            connection.abort()
+        await asyncio.sleep(0)  # they are closed in the loop's next turn
 
 
 @final
