@@ -23,6 +23,8 @@ from milkglass.collaboration.sealed import seal, unseal
 from milkglass.errors import MessageError
 
 MOST_MEMBERS: Final = 256
+MOST_BANS: Final = 256
+"""Nobody tells of more whom it has caught: the latest. New identities cost nothing, and each message has to end."""
 _PURPOSE: Final = "member"
 _FRESH_SECONDS: Final = 120.0
 
@@ -217,6 +219,8 @@ def read_member(peer_id: bytes, content: Mapping[str, Any], now: float) -> Membe
         raise MessageError(f"{name}: says something else than a member does") from None
     if not -_FRESH_SECONDS < age < _FRESH_SECONDS:
         raise MessageError(f"{name}: what it says is {age:.0f} seconds old; are the clocks right?")
+    if len(member.bans) > MOST_BANS:
+        raise MessageError(f"{name}: says that it has caught {len(member.bans)}; at most {MOST_BANS} are told")
     if member.bandwidth is not None and not 0 < member.bandwidth < 1e12:
         raise MessageError(f"{name}: says that its bandwidth is {member.bandwidth:g} bytes per second")
     return member

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from milkglass.collaboration.board import Board
 from milkglass.collaboration.disputes import Disputes
 from milkglass.collaboration.duty import Averaging
 from milkglass.collaboration.engine import P2P
-from milkglass.collaboration.group import Group, Matcher, Member
+from milkglass.collaboration.group import MOST_BANS, Group, Matcher, Member
 from milkglass.collaboration.identity import Identity, peer_name
 from milkglass.collaboration.node import BROKEN, Node, peer_of
 from milkglass.collaboration.parts import RoundFailedError
@@ -106,6 +107,7 @@ class Session:
         self._last_round: bytes | None = None
         self.bandwidth: float | None = None
         self.caught: set[bytes] = set()
+        self._told: deque[bytes] = deque(maxlen=MOST_BANS)
         self.known: list[str] = []
         self._heard: dict[bytes, float] = {}
 
@@ -138,7 +140,7 @@ class Session:
             self.bandwidth,
             self._place.reachable,
             self._place.trains,
-            frozenset(self.caught),
+            frozenset(self._told),
             self._replica.history,
         )
         return self.node.begin(self._matcher.find(member, expected, self._section.timeout_seconds))
@@ -248,6 +250,7 @@ class Session:
         return outcome(begun, {number: each[0] for number, each in enumerate(averages) if each[0] is not None})
 
     def _catch(self, caught: frozenset[bytes]) -> None:
+        self._told.extend(sorted(caught - self.caught))
         self.caught |= caught
         self._matcher.banned |= caught
 

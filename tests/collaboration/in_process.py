@@ -160,6 +160,7 @@ def prepare(members: Sequence[Volunteer], numbers: int, timeout_seconds: float =
         session._section = recipe_of(timeout_seconds=timeout_seconds, **options).collaboration
         session._reductions.timeout_seconds = timeout_seconds
         session.caught.clear()
+        session._told.clear()
         session._matcher.banned.clear()
         session._matcher._shuns = True
 

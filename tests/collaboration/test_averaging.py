@@ -20,7 +20,7 @@ from torch import Tensor
 from milkglass.collaboration.admission import OpenDoor
 from milkglass.collaboration.duty import Averaging
 from milkglass.collaboration.engine import get_dht_time, runtime_pb2
-from milkglass.collaboration.group import Group, Matcher, Member, read_member, without_banned
+from milkglass.collaboration.group import MOST_BANS, Group, Matcher, Member, read_member, without_banned
 from milkglass.collaboration.identity import Identity, new_identity
 from milkglass.collaboration.parts import RoundFailedError, plan
 from milkglass.collaboration.reduction import PURPOSE, Outcome, read_included
@@ -526,6 +526,27 @@ def test_a_member_reads_as_it_was_said() -> None:
     content["history"] = "0b"
     expected = Member(b"id" * 19, 3, 5e6, True, False, frozenset([b"\x00\xff"]), b"\x0b")
     assert read_member(b"id" * 19, content, now) == expected
+    content["bans"] = [f"{count:04x}" for count in range(MOST_BANS)]
+    assert len(read_member(b"id" * 19, content, now).bans) == MOST_BANS
+    content["bans"] = [f"{count:04x}" for count in range(MOST_BANS + 1)]
+    with pytest.raises(MessageError, match=f"says that it has caught {MOST_BANS + 1}; at most {MOST_BANS} are told"):
+        read_member(b"id" * 19, content, now)
+
+
+def test_whom_one_has_caught_is_told_within_bounds(four: list[Volunteer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a liar who comes back again and again under new names: the latest, each once."""
+    session, told = four[0].session, list[Member]()
+
+    async def nobody(own: Member, *_: object) -> None:
+        told.append(own)
+
+    monkeypatch.setattr(session._matcher, "find", nobody)
+    names = [count.to_bytes(4, "big") for count in range(MOST_BANS + 9)]
+    for name in names:
+        session._catch(frozenset([name, names[0]]))
+    assert session.find_group(2).result(5) is None
+    assert told[0].bans == frozenset(names[-MOST_BANS:])
+    assert session.caught == set(names)
 
 
 # Whom admission keeps out
