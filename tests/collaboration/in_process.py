@@ -165,6 +165,14 @@ def prepare(members: Sequence[Volunteer], numbers: int, timeout_seconds: float =
         session._matcher._shuns = True
 
 
+def acquaint(members: Sequence[Volunteer], *, unreachable: Sequence[int] = (), **options: object) -> None:
+    """Let them average once, with time: the first call between two takes long where the machine is busy."""
+    numbers = 4 * len(members)
+    prepare(members, numbers, timeout_seconds=30.0, **options)
+    ones = [torch.ones(numbers)] * len(members)
+    outcomes(averaged(members, group_of(members, unreachable=unreachable), ones, [1] * len(members)))
+
+
 def group_of(
     members: Sequence[Volunteer],
     *,

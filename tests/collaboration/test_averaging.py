@@ -31,6 +31,7 @@ from milkglass.errors import MessageError
 from tests.collaboration.in_process import (
     Listed,
     Volunteer,
+    acquaint,
     averaged,
     group_of,
     outcomes,
@@ -48,6 +49,8 @@ pytestmark = [
 def four() -> Iterator[list[Volunteer]]:
     """Used by many tests, none of which harms them; the last cannot be called by others."""
     with volunteers(4, 10, unreachable=[3]) as found:
+        acquaint(found, unreachable=[3])
+        prepare(found, 10)
         yield found
 
 

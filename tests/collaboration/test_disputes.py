@@ -27,7 +27,7 @@ from milkglass.collaboration.reduction import PURPOSE, Outcome
 from milkglass.collaboration.sealed import seal
 from milkglass.collaboration.wire_vector import VectorCodec
 from milkglass.errors import MessageError
-from tests.collaboration.in_process import Volunteer, averaged, group_of, outcomes, prepare, volunteers
+from tests.collaboration.in_process import Volunteer, acquaint, averaged, group_of, outcomes, prepare, volunteers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # hivemind's, of streams that were broken off
@@ -40,9 +40,13 @@ Change = Callable[[Tensor, bytes], Tensor]
 """What a liar makes of the true numbers of a part, given who asks."""
 
 
+TIMEOUT_SECONDS = 5.0
+
+
 @pytest.fixture(scope="module")
 def four() -> Iterator[list[Volunteer]]:
     with volunteers(4, NUMBERS, robust=True) as found:
+        acquaint(found, robust=True)
         yield found
 
 
@@ -50,7 +54,7 @@ def four() -> Iterator[list[Volunteer]]:
 def ready(four: list[Volunteer], monkeypatch: pytest.MonkeyPatch) -> list[Volunteer]:
     """All honest, with nothing behind them. monkeypatch is asked for so that it ends after this."""
     del monkeypatch
-    prepare(four, NUMBERS, robust=True, timeout_seconds=3.0)
+    prepare(four, NUMBERS, robust=True, timeout_seconds=TIMEOUT_SECONDS)
     return four
 
 
@@ -83,7 +87,7 @@ def clipped_without(who: Sequence[Volunteer], left_out: int, x: Sequence[Tensor]
 def rounds(members: Sequence[Volunteer], x: Sequence[Tensor], group: Group) -> list[Outcome | RoundFailedError]:
     begun = time.monotonic()
     found = averaged(members, group, list(x), SAMPLES[: len(members)])
-    assert time.monotonic() - begun < 5  # the time-out, and what it takes to look
+    assert time.monotonic() - begun < TIMEOUT_SECONDS + 2  # and what it takes to look
     return found
 
 
