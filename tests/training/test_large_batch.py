@@ -319,7 +319,7 @@ def test_traffic_is_counted_by_the_kernel() -> None:
 
 def _torchrun(out: Path, *more: str) -> subprocess.Popen[str]:
     file = out.with_suffix(".toml")
-    file.write_text(of("gaussian_k", training={"epochs": 400}).to_toml())
+    file.write_text(of("gaussian_k", training={"epochs": 150}).to_toml())
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "milkglass", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
@@ -352,6 +352,6 @@ def test_under_torchrun_a_rank_that_dies_is_named_and_the_run_goes_on(tmp_path: 
         said, _ = again.communicate(timeout=120)
         assert again.returncode == 0, said
         assert f"{out}: 2 ranks, exchange gaussian_k; accuracy " in said
-        assert len(lines(out, "metrics.jsonl")) == 400
+        assert len(lines(out, "metrics.jsonl")) == 150
     finally:
         started.kill()
