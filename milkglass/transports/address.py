@@ -56,7 +56,12 @@ def every_address(address: str) -> list[str]:
                 continue
         if places:
             return places
-    raise LinkError(f"cannot listen at {address}: it is in use, or no address of this machine")
+    raise cannot_listen(address)
+
+
+def cannot_listen(address: str) -> LinkError:
+    """What is said where nobody can listen there."""
+    return LinkError(f"cannot listen at {address}: it is in use, or no address of this machine")
 
 
 def _bound(wanted: Iterable[tuple[int, Any]], sockets: ExitStack) -> list[str]:

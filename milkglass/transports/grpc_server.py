@@ -25,10 +25,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from milkglass.certificates import Credentials
 from milkglass.codec import decode, encode
-from milkglass.errors import LinkError, MessageError, MilkglassError
+from milkglass.errors import MessageError, MilkglassError
 from milkglass.messages import Message
 from milkglass.transports import door
-from milkglass.transports.address import every_address
+from milkglass.transports.address import cannot_listen, every_address
 from milkglass.transports.agreement import GREETINGS, Agreement, read_greeting
 from milkglass.transports.door import Connection, Door, Health, StoppedError, Unwatched, Watch
 from milkglass.transports.exactly_once import Frames, Taking
@@ -113,7 +113,7 @@ class GrpcServer:
                 shown = self._door.credentials
                 ports = [self._server.add_secure_port(place, shown(credentials)) for place in every_address(address)]
         except RuntimeError as error:  # what gRPC says goes to its own log
-            raise LinkError(f"cannot listen at {address}: it is in use, or no address of this machine") from error
+            raise cannot_listen(address) from error
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._spawn(self._beat())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from milkglass.messages import Addressed, Message, Responder
 from milkglass.transports.base import Transport
 from milkglass.transports.grpc import GrpcTransport
 from tests.suites.transport import TransportSuite
-from tests.wire_server import ServerThread, asks, dial, question
+from tests.wire_server import Doubling, ServerThread, asks, dial, question
 
 Dial = Callable[..., GrpcTransport]
 _ANY_ROWS = Allowed((None, 3), frozenset({torch.float32}))
@@ -101,3 +102,13 @@ def test_an_error_of_the_servers_own_stops_it_too(
     assert isinstance(server.failure, ZeroDivisionError)
     assert "secret" not in str(raised.value)
     assert "could not be reached" in str(raised.value)
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_server_does_not_share_its_port(secure: bool, theirs: Credentials, tmp_path: Path) -> None:
+    """Not even where another program has it at one of the two addresses of localhost."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = ServerThread(theirs if secure else None, tmp_path / "server", Doubling(), port=port)
+        with pytest.raises(LinkError, match=f"cannot listen at localhost:{port}: it is in use"), server:
+            pass
