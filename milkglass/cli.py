@@ -18,6 +18,8 @@ from milkglass.cli_authority import collab_authority
 from milkglass.cli_bounds import bounds
 from milkglass.cli_collaboration import collab
 from milkglass.cli_collaboration_audit import audit_of_collaboration
+from milkglass.cli_compare import compare
+from milkglass.cli_federated import federated_join, federated_serve
 from milkglass.cli_frontier import frontier
 from milkglass.cli_network import Overrides, RecipePath, certs, join, predict, say, serve, show, warn_of_key
 from milkglass.errors import MilkglassError, StopError
@@ -109,7 +111,7 @@ def train(
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="The client's private key: 32 raw bytes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
 ) -> None:
-    """Train a network in two halves, in this process, as the recipe says; or data-parallel, under torchrun."""
+    """Train a network in two halves, in this process, as the recipe says; federated; or data-parallel, by torchrun."""
     from milkglass.memory import keep_freed_memory
     from milkglass.progress import TrainingProgress
     from milkglass.randomness import read_key
@@ -123,6 +125,9 @@ def train(
     keep_freed_memory()
     if loaded.parties.is_data_parallel:
         _train_together(loaded, out, source, resume=resume)
+        return
+    if loaded.parties.is_federated:
+        _train_federated(loaded, out, source, resume=resume)
         return
     with TrainingProgress(loaded.training.epochs) as progress:
         summary = train_recipe(loaded, out, source, resume=resume, progress=progress)
@@ -151,6 +156,20 @@ def _train_together(loaded: Recipe, out: Path, source: Source | None, *, resume:
     print(
         f"{out}: {summary['ranks']} ranks, exchange {summary['exchange']}; accuracy {summary['accuracy']:.3f} after "
         f"{summary['steps']:,} steps, {counted}; {summary['keys']}"
+    )
+
+
+def _train_federated(loaded: Recipe, out: Path, source: Source | None, *, resume: bool) -> None:
+    """All clients of a federated training in this process, on Flower's simulation."""
+    from milkglass.progress import TrainingProgress
+    from milkglass.training.federated import train as train_federated
+
+    with TrainingProgress(loaded.training.epochs) as progress:
+        summary = train_federated(loaded, out, source, resume=resume, progress=progress)
+    print(
+        f"{out}: {len(loaded.parties.clients)} clients, {summary['rounds']} rounds; accuracy "
+        f"{summary['accuracy']:.3f}, {summary['bytes_sent']:,} bytes sent by all, {summary['bytes_received']:,} "
+        f"received; {summary['keys']}"
     )
 
 
@@ -317,7 +336,21 @@ def report(
     print(page)
 
 
-for command in (bounds, frontier, certs, serve, join, predict, collab, collab_authority):
+for command in (
+    *(
+        bounds,
+        frontier,
+        compare,
+        certs,
+        serve,
+        join,
+        predict,
+        federated_serve,
+        federated_join,
+        collab,
+        collab_authority,
+    ),
+):
     app.command()(command)
 
 
@@ -334,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + error.number if isinstance(error, StopError) else EXIT_BAD_INPUT)
     except _StoppedError as stop:
         say(
-            "milkglass: stopped; nothing finished is lost: run it again (train, serve, join, collab: with --resume), "
-            "and it goes on"
+            "milkglass: stopped; nothing finished is lost: run it again (train, serve, join, collab, federated-*: with "
+            "--resume), and it goes on"
         )
         sys.exit(stop.code)

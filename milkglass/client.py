@@ -160,8 +160,10 @@ class Client(Party):
     def step(self, x: Tensor, y_B: Tensor | None, rows_B: Tensor | None = None) -> StepResult:
         """Train on one batch: records `x` (B, ...) and labels `y_B` (B,); or only test the server with it.
 
-        rows_B: the records' numbers, for a ledger of releases. Raises HijackError where there is a guard and it judges
-        the server hostile; EgressError where a limit is reached; MessageError for a wrong answer.
+        rows_B: the records' numbers, for a ledger of releases. Where there are no records (Poisson sampling draws such
+        batches), one of zeros goes out, for the server counts steps, and nothing is learned from it. Raises HijackError
+        where there is a guard and it judges the server hostile; EgressError where a limit is reached; MessageError for
+        a wrong answer.
         """
         return run_to_end(self.stepping(x, y_B, rows_B))
 
@@ -171,6 +173,9 @@ class Client(Party):
         """`step`, which pauses wherever it waits for an answer: for who plays several clients in turn."""
         if y_B is not None and (y_B.shape != (len(x),) or y_B.dtype != torch.int64):
             raise DataError(f"labels: {shapes({'y': y_B})}; expected one int64 number for each of {len(x)} records")
+        empty = not len(x)
+        if empty:
+            x, y_B = x.new_zeros(1, *x.shape[1:]), None if y_B is None else y_B.new_zeros(1)
         guard = self.guards.hijack
         mislabeled = guard is not None and guard.mislabels(self.steps)
         told_B = guard.wrong_labels(self.steps, y_B) if guard is not None and mislabeled and y_B is not None else y_B
@@ -186,7 +191,10 @@ class Client(Party):
         if guard is not None and y_B is not None:
             guard.observe(self.steps, dz, y_B)
         if self.optimizer is not None and not mislabeled:
-            batch.backward(dz)
+            if empty:
+                self.optimizer.zero_grad(set_to_none=True)  # a private optimizer's step is then noise alone
+            else:
+                batch.backward(dz)
             self.take_step(self.steps)
             for defense in self.defenses:
                 defense.learn(x, torch.cat([z.detach() for z in batch.sent]))

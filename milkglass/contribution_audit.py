@@ -9,7 +9,7 @@ Legend: T records of all contributions of one size, in the order of the test rec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -19,7 +19,7 @@ from milkglass.attacks.gradients import GradientInversion
 from milkglass.attacks.suite import FAILURES, Strength, one_line
 from milkglass.audit_work import Progress
 from milkglass.contribution_controls import controls_of
-from milkglass.contributions import Rebuilt, Subject, assigned, contribution, rebuild
+from milkglass.contributions import Rebuilt, Subject, assigned, contribution, rebuild, trusted
 from milkglass.controls import ControlResult
 from milkglass.errors import AuditError
 from milkglass.findings import BROKEN_BELOW
@@ -80,7 +80,8 @@ class ContributionScore:
     peek: over the mean record; its interval is over records, though those of one contribution stand or fall together.
     shown: share of records of which at most half of the mean record's error is left. others_peek, others_shown: the
     same of what was rebuilt, against records of another contribution: what luck and the assignment give.
-    labels_restored: as in `Rebuilt`. seconds: of all its attacks.
+    labels_restored: as in `Rebuilt`. trust: how far from the mean record towards what the descent found the attacker
+    went, 0 to 1; 1 where it has no records to try itself out on. seconds: of all its attacks.
     """
 
     contribution_records: int
@@ -98,6 +99,7 @@ class ContributionScore:
     match_top1: float
     seconds: float
     measures: Mapping[str, Estimate]
+    trust: float = 1.0
 
     @property
     def exposure(self) -> str:
@@ -108,7 +110,7 @@ class ContributionScore:
         """As in audit.json: `peek` is a number there, its interval stands in `peek_low` and `peek_high`."""
         names = (
             *("contribution_records", "moment", "exposure", "records", "mse", "mean_record_mse", "psnr_db", "ssim"),
-            *("others_peek", "shown", "others_shown", "labels_restored", "match_top1", "seconds"),
+            *("others_peek", "shown", "others_shown", "labels_restored", "match_top1", "trust", "seconds"),
         )
         return {
             "name": GradientInversion.name,
@@ -172,6 +174,7 @@ def audit_contributions(
     strength: Strength = "default",
     *,
     own_size: int | None = None,
+    sizes: Sequence[int] = (),
     budget: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -179,25 +182,26 @@ def audit_contributions(
 ) -> ContributionAudit:
     """Attack contributions of each size at both moments, and judge the worst against the budget.
 
-    own_size: records of the run's own contributions, attacked as well up to a size. notes: what else a reader has to
-    know. Raises AuditError for a budget on what is not measured, and where the attack breaks.
+    own_size: records of the run's own contributions, attacked as well up to a size. sizes: these alone, whatever the
+    strength says. notes: what else a reader has to know. Raises AuditError for a budget on what is not measured, and
+    where the attack breaks.
     """
     if budget is not None:
         check_budget(budget, subject.measures)
     effort = EFFORTS[strength]
     attack = GradientInversion(effort.steps, effort.starts, rate=_RATE, seed=seed)
     source = public_source(seed).derive("audit of contributions")
-    sizes = {*effort.sizes, min(own_size or 0, effort.most_own)} - {0}
-    work = [(moment, size) for moment in (START, END) for size in sorted(sizes) if 2 * size <= len(subject.x)]
+    tried = set(sizes) or {*effort.sizes, min(own_size or 0, effort.most_own)} - {0}
+    work = [(moment, size) for moment in (START, END) for size in sorted(tried) if 2 * size <= len(subject.x)]
     watch = _Watch(progress, len(work) + 1)
     scores: list[ContributionScore] = []
     rebuilt: dict[str, Tensor] = {}
     try:
         for moment, size in work:
             watch.now(what := exposure(size, moment))
-            parts = _attack(subject, moment, size, effort, attack, source, watch)
+            parts, trust = _attack(subject, moment, size, effort, attack, source, watch)
             rebuilt[what] = torch.cat([part.records for part in parts])
-            scores.append(_score(subject, moment, size, parts, source))
+            scores.append(_score(subject, moment, size, parts, trust, source))
         watch.now(what := "controls")
         controls = controls_of(subject, attack, source)
     except FAILURES as error:
@@ -243,8 +247,30 @@ def _attack(
     attack: GradientInversion,
     source: Source,
     watch: _Watch,
+) -> tuple[list[Rebuilt], float]:
+    """Contributions of one size, of the first test records, attacked one by one; and how far the attacker trusts it."""
+    draws = source.derive("dropout", moment, size)
+    trust, own_x, own_y = 1.0, subject.own_x, subject.own_y
+    if own_x is not None and own_y is not None and len(own_x) >= size:
+        tried = replace(subject, x=own_x, y=own_y)
+        parts = _rebuilt(tried, moment, size, effort, attack, draws.derive("own"), watch)
+        found = torch.cat([part.records for part in parts])
+        trust = trusted(found, own_x[: len(found)], subject.mean)
+    parts = _rebuilt(subject, moment, size, effort, attack, draws, watch)
+    if trust < 1:
+        parts = [replace(part, records=torch.lerp(subject.mean, part.records, trust)) for part in parts]
+    return parts, trust
+
+
+def _rebuilt(
+    subject: Subject,
+    moment: str,
+    size: int,
+    effort: Effort,
+    attack: GradientInversion,
+    draws: Source,
+    watch: _Watch,
 ) -> list[Rebuilt]:
-    """Contributions of one size, of the first test records, attacked one by one."""
     network = subject.first if moment == START else subject.last
     count = max(1, min(-(-effort.records // size), len(subject.x) // size))
     parts = []
@@ -254,7 +280,8 @@ def _attack(
             network,
             x_B,
             y_B,
-            source.generator("dropout", moment, size, number),
+            draws.generator(number),
+            shared=subject.shared,
             density=subject.density,
             value_range=subject.value_range,
         )
@@ -263,7 +290,9 @@ def _attack(
     return parts
 
 
-def _score(subject: Subject, moment: str, size: int, parts: Sequence[Rebuilt], source: Source) -> ContributionScore:
+def _score(
+    subject: Subject, moment: str, size: int, parts: Sequence[Rebuilt], trust: float, source: Source
+) -> ContributionScore:
     rebuilt = torch.cat([part.records for part in parts])
     truth = subject.x[: len(rebuilt)]
     errors_T, mean_T = squared_errors(rebuilt, truth), subject.mean_errors(truth)
@@ -298,6 +327,7 @@ def _score(subject: Subject, moment: str, size: int, parts: Sequence[Rebuilt], s
         match_top1=match,
         seconds=sum(part.seconds for part in parts),
         measures=measures,
+        trust=trust,
     )
 
 

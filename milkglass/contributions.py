@@ -11,7 +11,7 @@ Legend: B records of one contribution, D numbers of all parameters, K of them se
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
@@ -28,6 +28,9 @@ from milkglass.leakage.reconstruction import squared_errors
 from milkglass.randomness import drawing_from
 from milkglass.verdict import RECONSTRUCTION_MEASURES
 
+Share = Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, ...]]
+"""(network, records (B, ...), labels (B,), generator of dropout) -> what a receiver takes for their mean gradients, one
+a parameter; the network stays as it is."""
 TABLE_RANGE: Final = (-3.0, 3.0)
 """Where the attacker looks for a table's values, in standard deviations; a picture's lie in [0, 1]."""
 
@@ -38,7 +41,8 @@ class Subject:
     """What is audited. first, last: the network with its first and its last weights; records (N, ...) -> (N, classes).
 
     x (N, ...), y (N,): test records. mean (...): the mean training record. density: the share of a contribution that
-    Gaussian-k sends; None: all is sent.
+    Gaussian-k sends; None: all is sent. shared: how a contribution is made; by default, the gradients at these weights.
+    own_x, own_y: the attacker's own records, like these; it tries itself out on contributions that it makes of them.
     """
 
     first: nn.Module
@@ -47,6 +51,9 @@ class Subject:
     y: Tensor
     mean: Tensor
     density: float | None = None
+    shared: Share | None = None
+    own_x: Tensor | None = None
+    own_y: Tensor | None = None
 
     @property
     def is_pictures(self) -> bool:
@@ -82,22 +89,29 @@ class Rebuilt:
     seconds: float
 
 
+def gradients_of(network: nn.Module, x_B: Tensor, y_B: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The mean gradients of one batch, as `Share`."""
+    with drawing_from(generator):
+        return shared_gradients(copy.deepcopy(network).train(), x_B, y_B)
+
+
 def contribution(
     network: nn.Module,
     x_B: Tensor,
     y_B: Tensor,
     generator: torch.Generator,
     *,
+    shared: Share | None = None,
     density: float | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
 ) -> GradientView:
     """What strangers hold of a volunteer's contribution of records (B, ...) with labels (B,); the network unchanged.
 
-    generator: of the volunteer's dropout, which the attacker does not know. density: of Gaussian-k, None without it;
-    what earlier contributions left over is not in it. value_range: where the attacker looks for values.
+    generator: of the volunteer's dropout, which the attacker does not know. shared: see Subject. density: of
+    Gaussian-k, None without it; what earlier contributions left over is not in it. value_range: where the attacker
+    looks for values.
     """
-    with drawing_from(generator):
-        gradients = shared_gradients(copy.deepcopy(network).train(), x_B, y_B)
+    gradients = (shared or gradients_of)(network, x_B, y_B, generator)
     known = copy.deepcopy(network).eval()
     with torch.no_grad():
         classes = known(x_B[:1]).shape[1]
@@ -125,6 +139,16 @@ def rebuild(
     counts = [each.bincount(minlength=view.classes) for each in (labels_B, y_B)]
     right = torch.minimum(*counts).sum().item() / len(y_B)
     return Rebuilt(assigned(made.records, truth), right if were_read else None, made.seconds)
+
+
+def trusted(rebuilt: Tensor, truth: Tensor, mean: Tensor) -> float:
+    """How far, 0 to 1, an attacker should go from the mean record (...) towards what it rebuilds (B, ...).
+
+    The share of the way that leaves the least squared error on contributions of its own, whose records it knows.
+    """
+    way, wanted = (rebuilt - mean).double(), (truth - mean).double()
+    length = way.square().sum().item()
+    return min(1.0, max(0.0, (way * wanted).sum().item() / length)) if length > 0 else 0.0
 
 
 def assigned(records: Tensor, truth: Tensor) -> Tensor:

@@ -49,6 +49,35 @@ class Deal:
     columns: Columns | None = None
     class_names: tuple[str, ...] | None = None
 
+    def candidates(self, client: str) -> Candidates:
+        """As many private training records of a client as others, for who guesses which are which.
+
+        The others are test records; where these come from a source of their own, records of the pool that the members
+        come from: else two sources would be told apart, not members.
+        """
+        members = self.train[client]
+        outside_x = torch.cat([self.auxiliary.x, self.validation.x])
+        outside_y = torch.cat([self.auxiliary.y, self.validation.y])
+        others_x, others_y = self.test.x, self.test.y
+        if self.test_is_separate:
+            taken = min(len(members), len(outside_x) // 3)
+            others_x, outside_x = outside_x[:taken], outside_x[taken:]
+            others_y, outside_y = outside_y[:taken], outside_y[taken:]
+        first = torch.arange(count := min(len(members), len(others_x)))
+        x, y = torch.cat([members.x[first], others_x[first]]), torch.cat([members.y[first], others_y[first]])
+        return Candidates(x, y, torch.arange(len(x)) < count, outside_x, outside_y)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """x, y: T records of which `member` (T,) says which were trained on. outside_x, outside_y: an attacker's own."""
+
+    x: Tensor
+    y: Tensor
+    member: Tensor
+    outside_x: Tensor
+    outside_y: Tensor
+
 
 def deal(
     pool: RawRecords,

@@ -23,7 +23,8 @@ Rate = Callable[[int], float]
 class Party:
     """What both sides have: a stage with its optimizer, and a private generator that its dropout draws from.
 
-    rate: the learning rate by step of the client whose batch it is, where that changes.
+    rate: the learning rate by step of the client whose batch it is, where that changes. An optimizer that adds noise
+    counts its draws in `block` (`private/dp.py`): the party's own, never handed on with what it has learned.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class Party:
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint must keep of this party: flat, named tensors. The private key is not among them."""
+        block = getattr(self.optimizer, "block", None)
         return {
             **self.weights(with_optimizer=True),
             "generator": self.generator.get_state(),
             "check": self._check(),
+            **({} if block is None else {"optimizer_block": torch.tensor(block)}),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -84,6 +87,8 @@ class Party:
             raise RunError("the checkpoint was made under another private key; name the key that the run began with")
         self.load_weights(state, with_optimizer=True)
         self.generator.set_state(state["generator"])
+        if self.optimizer is not None and hasattr(self.optimizer, "block"):
+            self.optimizer.block = int(state["optimizer_block"])
 
     def _check(self) -> Tensor:
         """A few bytes that follow from the key, and from which it does not follow."""

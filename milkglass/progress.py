@@ -72,7 +72,8 @@ class TrainingProgress(_Watch):
         if self._task is None:
             told = {"loss": line["loss"], "test accuracy": line["accuracy"]}  # an owner of columns may be told neither
             words = [f"{what} {value:.3f}" for what, value in told.items() if value is not None]
-            self._log(f"{self._what}: epoch {line['epoch']} of {self._epochs}: {', '.join([*words, self._dependence])}")
+            words += [self._dependence] if self._dependence else []
+            self._log(f"{self._what}: epoch {line['epoch']} of {self._epochs}: {', '.join(words)}")
 
 
 @final

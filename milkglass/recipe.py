@@ -16,8 +16,11 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from milkglass.collaboration_section import Collaboration
+from milkglass.compare_section import CompareSection
 from milkglass.defense_sections import Defense, Section
 from milkglass.errors import RecipeError, nearest
+from milkglass.federated_rules import check_federated, check_private
+from milkglass.federated_section import DifferentialPrivacy, Federated
 from milkglass.parallel_section import Parallel
 from milkglass.sections import (
     Attacker,
@@ -55,10 +58,17 @@ class Recipe(Section):
     wire: Wire = Field(default_factory=Wire)
     parallel: Parallel = Field(default_factory=Parallel)
     collaboration: Collaboration = Field(default_factory=Collaboration)
+    federated: Federated = Field(default_factory=Federated)
+    dp: DifferentialPrivacy | None = Field(
+        None,
+        description="Differential privacy at each client; leave the table out for none. It goes with `federated` and "
+        "with split training, where it covers the weights of the client's stage, not what is sent of it.",
+    )
     client: ClientSection = Field(default_factory=ClientSection)
     server: ServerSection = Field(default_factory=ServerSection)
     attacker: Attacker = Field(default_factory=Attacker)
     frontier: FrontierSection | None = Field(None, description="What `milkglass frontier` sweeps.")
+    compare: CompareSection | None = Field(None, description="What `milkglass compare` sets side by side.")
     versions: dict[str, str] = Field(
         default_factory=dict, description="Written into the run folder for the reader: the packages that made the run."
     )
@@ -111,7 +121,7 @@ class Recipe(Section):
             ("training.micro_batches", self.training.micro_batches > 1),
             ("training.at_home", self.training.at_home),
             ("training.client_learns", self.training.client_learns != "all"),
-            ("client.own_records", self.client.own_records),
+            ("client.own_records", self.client.own_records and not self.parties.is_federated),
             ("training.drop_last_batch = false", not self.training.drop_last_batch),
         ):
             if given:
@@ -121,6 +131,13 @@ class Recipe(Section):
                 "parallel.momentum_correction is training.momentum, moved before the choice of gradients; expected "
                 "training.optimizer sgd with a momentum"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _federated_and_private(self) -> Self:
+        check_federated(self.federated, self.parties, self.training)
+        if self.dp is not None:
+            check_private(self.defense, self.guard, self.parties, self.training)
         return self
 
     @model_validator(mode="after")
@@ -151,9 +168,9 @@ class Recipe(Section):
         return self
 
     def undefended(self) -> Recipe:
-        """The same recipe without a defense or a guard: the reference that tells what a server is entitled to."""
+        """The same recipe without defense, guard or dp: the reference that tells what a server is entitled to."""
         free = self.client.model_copy(update={"most_releases": None, "leakage": None, "keep_releases": False})
-        return self.model_copy(update={"defense": Defense(), "guard": Guard(), "client": free})
+        return self.model_copy(update={"defense": Defense(), "guard": Guard(), "client": free, "dp": None})
 
     def agreed(self) -> dict[str, Any]:
         """The part that all parties must agree on: all but data paths, package versions, and each party's own part."""
@@ -186,6 +203,10 @@ class Recipe(Section):
             del agreed["wire"]
         if not self.parties.is_data_parallel:
             del agreed["parallel"]  # how a server's own processes work together
+        if not self.parties.is_federated:
+            del agreed["federated"]
+        if self.dp is None:
+            del agreed["dp"]
         if not self.parties.is_collaboration:
             del agreed["collaboration"]
         else:  # how much a volunteer computes at a time, and with what, is its own business
@@ -202,7 +223,7 @@ class Recipe(Section):
 
 
 _LATER_DEFENSES: Final = ("clipping", "channel", "learned_noise", "adversary", "entropy", "labels")
-LOCAL: Final = ("versions", "guard", "client", "server", "frontier")
+LOCAL: Final = ("versions", "guard", "client", "server", "frontier", "compare")
 """Sections that are no part of what is agreed."""
 SMALLEST_PENALIZED_BATCH: Final = 4  # the bias-corrected estimate divides by n (n - 3)
 

@@ -302,28 +302,12 @@ def _trial(
 
 
 def _membership(setup: Setup, knowledge: Knowledge) -> MembershipTrial:
-    """As many private training records as others, and which of them are members.
-
-    The others are test records; where these come from a source of their own, records of the pool that the members come
-    from: else two sources would be told apart, not members.
-    """
-    client, records = setup.client, setup.records
-    members = records.train[client.name]
-    outside_x = torch.cat([records.auxiliary.x, records.validation.x])
-    outside_y = torch.cat([records.auxiliary.y, records.validation.y])
-    if records.test_is_separate:
-        taken = min(len(members), len(outside_x) // 3)
-        others_x, outside_x = outside_x[:taken], outside_x[taken:]
-        others_y, outside_y = outside_y[:taken], outside_y[taken:]
-    else:
-        others_x, others_y = records.test.x, records.test.y
-    count = min(len(members), len(others_x))
-    first = torch.arange(count)
-    x = torch.cat([members.x[first], others_x[first]])
-    y = torch.cat([members.y[first], others_y[first]])
-    candidates = Release(release_all(client, x), torch.zeros(len(x), 0), y)
-    outsiders = Pairs(release_all(client, outside_x), outside_x, torch.zeros(len(outside_x), 0), outside_y)
-    return MembershipTrial(MembershipView(candidates, outsiders, knowledge, x), torch.arange(len(x)) < count)
+    """As many private training records as others, and which of them are members."""
+    found = setup.records.candidates(setup.client.name)
+    candidates = Release(release_all(setup.client, found.x), torch.zeros(len(found.x), 0), found.y)
+    own = release_all(setup.client, found.outside_x)
+    outsiders = Pairs(own, found.outside_x, torch.zeros(len(own), 0), found.outside_y)
+    return MembershipTrial(MembershipView(candidates, outsiders, knowledge, found.x), found.member)
 
 
 def _trained_on(
@@ -357,13 +341,14 @@ def _trained_on(
                 now = (moments % len(batches) == step).nonzero()[:, 0]
                 if not len(now):
                     continue
-                for rows_B in torch.tensor_split(now, -(-len(now) // len(rows))):
+                for rows_B in torch.tensor_split(now, -(-len(now) // max(1, len(rows)))):  # with dp one may be empty
                     alone = len(rows_B) == 1  # BatchNorm needs two records
                     sight.add(group, rows_B, setup.client.rehearse(own.x[rows_B], dropout, training=not alone))
             result = setup.client.step(part.x[rows], part.y[rows])
             progress.batch(epoch, step + 1, len(batches), result)
             wanted = rows < len(first)
-            targets.add(group, rows[wanted], watch.last[wanted])
+            if len(rows):
+                targets.add(group, rows[wanted], watch.last[wanted])
     known, validation = (
         Pairs(sight.means()[0], own.x, entitled(own), own.y, own.attributes)
         for sight, own in zip(seen, owned, strict=True)

@@ -107,7 +107,7 @@ class Cut(Section):
     at: str = Field(
         "",
         description="The name of the client's last layer; `milkglass cuts` lists them with their costs. Required, but "
-        "with `parties.mode` data_parallel or collaboration, where nothing is cut.",
+        "with `parties.mode` data_parallel, collaboration or federated, where nothing is cut.",
     )
     hops: tuple[str, ...] = Field(
         (),
@@ -184,7 +184,7 @@ class Training(Section):
     drop_last_batch: bool = Field(True, description="Leave out the last, shorter batch of an epoch in training.")
 
 
-Mode = Literal["relay", "splitfed1", "splitfed2", "vertical", "data_parallel", "collaboration"]
+Mode = Literal["relay", "splitfed1", "splitfed2", "vertical", "data_parallel", "collaboration", "federated"]
 
 
 @final
@@ -231,7 +231,8 @@ class Parties(Section):
         " stage for each, all averaged after an epoch. `splitfed2`: in parallel, one server stage. `vertical`: owners"
         " of different columns of the same records; the first one holds the labels. `data_parallel`: nothing is split;"
         " one owner's processes, under torchrun, train the whole network together (`parallel`). `collaboration`:"
-        " nothing is split; volunteers train it together (`collaboration`, `milkglass collab`).",
+        " nothing is split; volunteers train it together (`collaboration`, `milkglass collab`). `federated`: nothing is"
+        " split; each client trains the whole network, and a server averages their weights (`federated`).",
     )
     vertical: Vertical = Field(default_factory=Vertical)
 
@@ -251,9 +252,14 @@ class Parties(Section):
         return self.mode == "collaboration"
 
     @property
+    def is_federated(self) -> bool:
+        """Whether each client trains the whole network, and a server averages weights."""
+        return self.mode == "federated"
+
+    @property
     def is_split(self) -> bool:
         """Whether the network is cut between parties."""
-        return not (self.is_data_parallel or self.is_collaboration)
+        return self.mode not in ("data_parallel", "collaboration", "federated")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -47,6 +47,7 @@ from milkglass.training.summary import (
     client_flops,
     client_flops_share,
     metrics_line,
+    privacy_summary,
     traffic_summary,
 )
 from milkglass.transports.base import Flow
@@ -219,6 +220,7 @@ class Joining:
             "keys": f"the client's key {'was made for this run' if made_key else 'came from a file'}",
             "records": {"train": len(self.seat.share.train), "test": len(self.seat.share.test)},
             "releases": {} if ledger is None else ledger.summary(),
+            "privacy": privacy_summary(self.recipe, [client]),
             "cautions": cautions_in_words(self.cautions),
             "recipe_digest": self.recipe.digest(),
         }

@@ -18,6 +18,7 @@ from milkglass.client import Client, StepResult
 from milkglass.errors import MessageError, MilkglassError
 from milkglass.guards import finite
 from milkglass.handover import average, seal, unseal
+from milkglass.private.dp import poisson_batches
 from milkglass.randomness import Source, public_source
 from milkglass.recipe import Recipe
 from milkglass.training.evaluate import Evaluation, evaluating
@@ -97,10 +98,16 @@ class Seat:
         return self.index == 0 or not self.recipe.parties.is_vertical
 
     def batches(self, epoch: int) -> list[Tensor]:
-        """The row numbers (B,) of each batch of an epoch, in an order secret from the server; owners have the same."""
+        """The row numbers (B,) of each batch of an epoch, in an order secret from the server; owners have the same.
+
+        With differential privacy each record is in each batch by chance: B differs, and may be 0.
+        """
         source = self.shared if self.recipe.parties.is_vertical else self.client.source
-        training = self.recipe.training
-        order = torch.randperm(len(self.share.train), generator=source.generator("order", epoch))
+        training, records = self.recipe.training, len(self.share.train)
+        generator = source.generator("order", epoch)
+        if self.recipe.dp is not None:
+            return poisson_batches(records, training.batch_size / records, records // training.batch_size, generator)
+        order = torch.randperm(records, generator=generator)
         batches = list(torch.split(order, training.batch_size))
         if training.drop_last_batch and len(batches[-1]) < training.batch_size:
             batches.pop()
@@ -123,7 +130,7 @@ def playing_epoch(seat: Seat, on_batch: OnBatch = nothing, *, test: bool = True)
         on_batch(position, len(batches), result)
     if seat.hands_over:
         yield from _handing_over(seat, epoch)
-    seen, seconds = position.seen, time.perf_counter() - started
+    seen, seconds = max(position.seen, 1.0), time.perf_counter() - started
     epoch_result = EpochResult(position.loss / seen, position.right / seen, seen, seconds, told=seat.has_labels)
     if test and len(seat.share.test):
         generator = public_source(seat.recipe.seed).generator("permutations", epoch)
@@ -173,7 +180,9 @@ def _entering(seat: Seat, batches: int) -> Generator[None, None, None]:
 def _handing_over(seat: Seat, epoch: int) -> Generator[None, None, None]:
     """Leave one's own weights, sealed; take the last one's (relay), or the mean of all (SplitFed)."""
     relay = seat.recipe.parties.mode == "relay"
-    left = seat.client.weights(with_optimizer=relay) | {"records": torch.tensor(seat.position.seen)}
+    # with differential privacy how many were drawn is secret; how many there are is not
+    records = seat.position.seen if seat.recipe.dp is None else float(len(seat.share.train))
+    left = seat.client.weights(with_optimizer=relay) | {"records": torch.tensor(records)}
     sealed = seal(left, sealing_key(seat), seat.client.name, epoch)
     seat.client.leave("weights", epoch, {"sealed": sealed})
     yield

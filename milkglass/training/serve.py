@@ -81,13 +81,22 @@ def crossing(recipe: Recipe, form: Form, name: str) -> Crossing:
         cut=form.shapes.cut[name],
         features=form.shapes.features if recipe.cut.back_at is not None else None,
         classes=form.classes,
-        rows=max(recipe.training.batch_size, BATCH),
+        rows=max(_most_rows(recipe), BATCH),
         compressor=compressor(recipe),
         sends_labels=recipe.cut.back_at is None and (not parties.is_vertical or name == parties.clients[0]),
         sealed_bytes=_sealed_bytes(recipe, form) if several else 0,
         handed=(1 if relay else len(parties.clients)) if several else 0,
         vertical=parties.is_vertical,
     )
+
+
+def _most_rows(recipe: Recipe) -> int:
+    """Of a training batch; with dp it is drawn by chance, and may be larger than batch_size."""
+    if recipe.dp is None:
+        return recipe.training.batch_size
+    from milkglass.private.dp import most_records
+
+    return most_records(recipe.training.batch_size)
 
 
 def agreement(recipe: Recipe, form: Form, name: str) -> Agreement:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from milkglass.client import Client, Guards
 from milkglass.compression.base import Compressor
@@ -28,6 +28,7 @@ from milkglass.hijack import HijackGuard
 from milkglass.hop import Hop
 from milkglass.networks import build
 from milkglass.parties import Rate
+from milkglass.private.dp import check_gradients, check_network, make_private, mechanism_of
 from milkglass.randomness import Source, drawing_from, public_source
 from milkglass.recipe import SMALLEST_PENALIZED_BATCH, Recipe
 from milkglass.server import Server
@@ -172,9 +173,12 @@ def make_client(
     if recipe.defense.certified:
         certify(chosen, cut_shape, couples_records(own.bottom))  # before anything is sent
     parts = [own.bottom] if own.head is None else [own.bottom, own.head]
+    learner = optimizer(recipe, *parts)
+    if recipe.dp is not None:
+        learner = _private_optimizer(recipe, learner, own, public.middle, share.train.x, private)
     client = Client(
         own.bottom,
-        optimizer(recipe, *parts),
+        learner,
         transport,
         head=own.head,
         sends_labels=not owner or name == recipe.parties.clients[0],
@@ -199,7 +203,10 @@ def _begin(recipe: Recipe, own: Parts, chosen: Sequence[Defense], share: Share) 
         if own.head is not None:
             start_from(recipe.network.start, "head.safetensors", own.head, own.head)
     if not has_ends:
-        prepare(chosen, own.bare[0], share.train.x)
+        x = share.train.x
+        if recipe.dp is not None:  # no noise would cover what is fitted to records
+            x = torch.rand(256, *x.shape[1:], generator=public_source(recipe.seed).generator("in place of records"))
+        prepare(chosen, own.bare[0], x)
     coupled = couples_records(own.bare[0])
     if recipe.training.client_learns == "ends" and coupled:
         raise CutError(
@@ -269,6 +276,34 @@ def optimizer(recipe: Recipe, *stages: nn.Module) -> torch.optim.Optimizer | Non
     return torch.optim.SGD(
         parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
     )
+
+
+def _private_optimizer(
+    recipe: Recipe,
+    plain: torch.optim.Optimizer | None,
+    own: Parts,
+    middle: nn.Module,
+    x: Tensor,
+    private: Source,
+) -> torch.optim.Optimizer:
+    """The recipe's DP-SGD of a client's parts, which train with its records `x` (N, ...); see `private/dp.py`."""
+    assert recipe.dp is not None
+    if plain is None:
+        raise RecipeError("dp: no weight of the client's part learns, so there is none to protect: leave the table out")
+    if couples_records(middle):
+        raise CutError(
+            f"dp: BatchNorm ({couples_records(middle)[0]}) in the server's stage makes its gradient for a record "
+            "depend on the other records of its batch, so that no bound holds for one of them: use nn.GroupNorm"
+        )
+    parts = [own.bottom] if own.head is None else [own.bottom, own.head]
+    check_network(*parts)
+    check_gradients(own.bottom, x)
+    if own.head is not None:
+        with in_mode(own.bottom, training=False), in_mode(middle, training=False), torch.no_grad():
+            features = middle(own.bottom(x[:2]))
+        check_gradients(own.head, features)
+    mechanism = mechanism_of(recipe.dp, len(x), recipe.training.batch_size, recipe.training.epochs)
+    return make_private(parts, plain, mechanism, private)
 
 
 def rate(recipe: Recipe) -> Rate | None:

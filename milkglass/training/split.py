@@ -38,6 +38,7 @@ from milkglass.training.summary import (
     client_flops,
     client_flops_share,
     metrics_line,
+    privacy_summary,
     total_traffic,
     traffic_summary,
 )
@@ -333,6 +334,7 @@ def summarize(setup: Setup, lines: list[dict[str, Any]], *, rehearsal: bool) -> 
         "client_flops_per_sample": client_flops(setup.seats[0]),
         "client_flops_share": client_flops_share(setup.recipe, records.record_shape, records.classes),
         "certificate": certificate_summary(setup.recipe, setup.client, setup.seats[0].share, records.classes),
+        "privacy": privacy_summary(setup.recipe, [seat.client for seat in setup.seats]),
         "seed": setup.recipe.seed,
         "keys": "keys derived from the seed: a rehearsal" if rehearsal else "the client's key came from a file",
         "records": {

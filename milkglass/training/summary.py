@@ -14,6 +14,7 @@ from milkglass.cuts import Caution, couples_records, flops_per_sample, forward_f
 from milkglass.defenses.base import Defense
 from milkglass.defenses.certificate import Certificate, JointTotal, certify
 from milkglass.errors import AuditError
+from milkglass.private.dp import SPLIT_COVERS
 from milkglass.randomness import public_source
 from milkglass.recipe import Recipe
 from milkglass.tracing import in_mode
@@ -92,11 +93,26 @@ def certificate_summary(recipe: Recipe, client: Client, share: Share, classes: i
     return replace(found, training=_joint_total(recipe, client, share, found.bits_per_release)).to_dict()
 
 
+def privacy_summary(recipe: Recipe, clients: Sequence[Client]) -> dict[str, Any] | None:
+    """By client: what its DP-SGD spends, and in `words` what that covers and what not; None where there is none."""
+    found = {client.name: getattr(client.optimizer, "mechanism", None) for client in clients}
+    start = "" if recipe.network.start is None else ", nor what the weights of network.start may have of its records"
+    told = {
+        name: mechanism.to_dict() | {"words": f"{mechanism.words}; {SPLIT_COVERS}{start}"}
+        for name, mechanism in found.items()
+        if mechanism is not None
+    }
+    return told or None
+
+
 def _joint_total(recipe: Recipe, client: Client, share: Share, bits_per_release: float) -> JointTotal:
     if recipe.training.at_home:
         return JointTotal(0, 0.0, "trained at home: no release left in training")
     size, training, train = recipe.training.batch_size, recipe.training, len(share.train)
     releases = (train // size * size if training.drop_last_batch else train) * training.epochs
+    if recipe.dp is not None:  # drawn by chance: those that were
+        seat = Seat(recipe, client, share, client.source)
+        releases = sum(len(rows) for epoch in range(1, training.epochs + 1) for rows in seat.batches(epoch))
     tests = len(share.test) * training.epochs
     if client.keeps_releases and not any(parameter.requires_grad for parameter in client.stage.parameters()):
         releases, tests = min(releases, train), len(share.test)

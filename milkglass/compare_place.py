@@ -1,0 +1,66 @@
+"""What every cell of a comparison has: where it is made, who watches, and figures that are read off a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from milkglass.attacks.suite import Strength
+from milkglass.audit_files import Watched
+from milkglass.leakage.classification import clopper_pearson
+from milkglass.leakage.estimate import Estimate
+from milkglass.recipe import Recipe
+from milkglass.training.client_memory import optimizer_slots
+from milkglass.training.split import Progress
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Who watches: a training of so many epochs, by its name; an audit; and who is told, in a line, what a cell did."""
+
+    training: Callable[[int, str], AbstractContextManager[Progress]]
+    audit: Callable[[], Watched]
+    tell: Callable[[str], None]
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where a cell is made, and how hard it is attacked. reference: the undefended cell of the same way."""
+
+    run: Path
+    name: str
+    strength: Strength
+    watching: Watching
+    reference: Path | None = None
+
+
+def accuracy(summary: Mapping[str, Any]) -> Estimate:
+    """With Clopper and Pearson's interval over the test records."""
+    count, value = int(summary["records"]["test"]), float(summary["accuracy"])
+    around = clopper_pearson(round(value * count), count)
+    return Estimate(value, around.low, around.high)
+
+
+def batches_of_client(recipe: Recipe, summary: Mapping[str, Any]) -> float:
+    """Of one client in the whole training, on average."""
+    train = summary["records"]["train"]
+    held = list(train.values()) if isinstance(train, dict) else [train / int(summary.get("ranks", 1))]
+    batches: float = sum(records // recipe.training.batch_size for records in held) / len(held) * recipe.training.epochs
+    return batches
+
+
+def slots(recipe: Recipe) -> int:
+    return optimizer_slots(recipe.training.optimizer, recipe.training.momentum)
+
+
+def guarantee(summary: Mapping[str, Any]) -> str | None:
+    """The words of a certificate, or of differential privacy."""
+    if summary.get("certificate"):
+        return str(summary["certificate"]["words"][0])
+    if summary.get("privacy"):
+        return str(next(iter(summary["privacy"].values()))["words"])
+    return None
