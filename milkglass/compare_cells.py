@@ -1,7 +1,7 @@
 """One cell of a comparison on disk: trained, attacked, and told as a row. `compare_files.py` goes through all of them.
 
 cells/split-channel-2/          a run folder, as `train` leaves it, with what the audit found: audit.json
-cells/federated-none-10/        the same of a whole network's training; audit.json is of its updates
+cells/federated-none-10/        of a whole network's training; what was found of its updates is update_audit.json
 cells/collaboration-none-2/     volunteer-1/, volunteer-2/, ...
 """
 

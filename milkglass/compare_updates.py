@@ -31,6 +31,8 @@ from milkglass.training.split import computing_with
 from milkglass.update_audit import audit_updates
 
 NETWORK: Final = "network.safetensors"
+AUDIT: Final = "update_audit.json"
+"""Of another form than audit.json, which tells of what crossed a cut."""
 
 
 def update_row(
@@ -129,7 +131,7 @@ def _moved(network: nn.Module, after: Mapping[str, Tensor], scale: float) -> tup
 def _audited_updates(
     recipe: Recipe, records: Deal, place: Place, subject: Subject, own_size: int, notes: list[str]
 ) -> dict[str, Any]:
-    path = place.run / "audit.json"
+    path = place.run / AUDIT
     if path.is_file():
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())

@@ -55,7 +55,7 @@ class UpdateAudit:
         return self.contributions.verdict != "inconclusive"
 
     def to_dict(self) -> dict[str, Any]:
-        """As in audit.json, beside what `ContributionAudit` has: the rows of membership."""
+        """As in update_audit.json, beside what `ContributionAudit` has: the rows of membership."""
         found = self.contributions.to_dict()
         rows = {row.measure: Estimate(row.value, row.low, row.high).to_dict() for row in self.membership}
         return found | {
