@@ -70,7 +70,7 @@ def _table(found: Comparison) -> Any:
     shown = Table("training", "protection", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for heading in ("clients", "accuracy", "peek\n(95 % interval)", "client's\nFLOPs", "sent", "received", "time"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for row in sorted_rows([row for row in found.rows if row.is_measured], found.section.sort):
+    for row in sorted_rows([row for row in found.known if row.is_measured], found.section.sort):
         peek = row.peek
         cells = (
             WAYS[row.cell.training].words,
@@ -97,6 +97,6 @@ def _tell(found: Comparison, out: Path) -> None:
             print(f"{out}: {row.cell.words}: its audit is inconclusive: the attacks failed their own controls")
     for note in found.notes:
         print(f"{out}: {note}")
-    for advice in advise(found.rows, found.section):
+    for advice in advise(found.known, found.section):
         print(f"{out}: {advice.headline}")
     print(f"{out / 'compare.html'}, {out / 'compare.json'}")

@@ -23,6 +23,13 @@ class Collaboration(Section):
         "epoch here, as in DeDLOC and hivemind.",
     )
     epochs: int = Field(100, ge=1, description="Steps of the optimizer until the run ends.")
+    first_peers: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Nobody takes the run's first step before so many volunteers are there; a run that is under way "
+        "waits for nobody.",
+    )
     compress: Literal["none", "fp16", "int8", "gaussian_k"] = Field(
         "none",
         description="What crosses in place of float32 gradients. `fp16`: half the bytes. `int8`: a quarter, a scale "

@@ -170,7 +170,7 @@ def recipe_of(recipe: Recipe, cell: Cell, *, train_records: int, back_at: str | 
         tables["defense"] = _defense(recipe.defense, cell.protection)
     else:
         tables |= {"cut": {}, "wire": {}}
-        tables["training"] |= {"micro_batches": 1, "client_learns": "all", "drop_last_batch": True}
+        tables["training"] |= {"micro_batches": 1, "client_learns": "all"}
         tables |= _way_tables(recipe, cell, train_records)
     if cell.protection == "dp":
         tables["dp"] = (recipe.dp or DifferentialPrivacy(epsilon=DEFAULT_EPSILON)).model_dump()
@@ -217,7 +217,10 @@ def _way_tables(recipe: Recipe, cell: Cell, train_records: int) -> dict[str, Any
     elif cell.training == "collaboration":
         target = recipe.training.batch_size * cell.clients
         steps = max(1, recipe.training.epochs * train_records // target)
-        tables["collaboration"] = recipe.collaboration.model_dump() | {"target_batch": target, "epochs": steps}
+        tables["collaboration"] = recipe.collaboration.model_dump() | {
+            **{"target_batch": target, "epochs": steps},
+            "first_peers": cell.clients,
+        }
     return tables
 
 
@@ -228,6 +231,7 @@ def check_comparable(recipe: Recipe) -> None:
         ("client.own_records", recipe.client.own_records, "one file, dealt to clients"),
         ("network.start", recipe.network.start is not None, "first weights from the seed"),
         ("training.at_home", recipe.training.at_home, "trainings between parties"),
+        ("training.drop_last_batch = false", not recipe.training.drop_last_batch, "whole batches in every way"),
         ("network albert", recipe.network.name == "albert", "a network that classifies pictures or tables"),
     ):
         if given:
@@ -244,8 +248,8 @@ class Row:
     accuracy: 0..1 on test records. client_flops: of one client's whole training. client_memory: bytes that it must
     hold at its peak. bytes_up, bytes_down: of one client, on the wire. rounds: exchanges with the others. seconds:
     wall clock of all parties on one machine. peek, membership, attribute, gradient_inversion: by the audit, None
-    where that attack does not apply. guarantee: in words. inference: bytes and seconds are of `records` encrypted
-    answers, not of a training.
+    where that attack does not apply. guarantee: in words; guarantee_covers: whether it is about a record, for all of
+    it that the way shares. inference: bytes and seconds are of `records` encrypted answers, not of a training.
     """
 
     cell: Cell
@@ -263,6 +267,7 @@ class Row:
     gradient_inversion: Estimate | None = None
     sound: bool = True
     guarantee: str | None = None
+    guarantee_covers: bool = False
     inference: bool = False
     records: int | None = None
     notes: tuple[str, ...] = ()
@@ -285,15 +290,33 @@ class Row:
             "shares": WAYS[self.cell.training].shares,
             "labels_leave": WAYS[self.cell.training].labels_leave,
         }
-        for name in ("accuracy", "peek", "membership", "attribute", "gradient_inversion"):
+        for name in _FIGURES:
             found: Estimate | None = getattr(self, name)
             told[name] = None if found is None else found.value
             told[f"{name}_interval"] = None if found is None else [found.low, found.high]
-        for name in ("client_flops", "client_memory", "bytes_up", "bytes_down", "rounds", "seconds", "sound"):
-            told[name] = getattr(self, name)
-        for name in ("guarantee", "inference", "records", "run"):
+        for name in _AS_THEY_ARE:
             told[name] = getattr(self, name)
         return told | {"notes": list(self.notes), "details": dict(self.details)}
+
+
+_FIGURES: Final = ("accuracy", "peek", "membership", "attribute", "gradient_inversion")
+_AS_THEY_ARE: Final = (
+    *("client_flops", "client_memory", "bytes_up", "bytes_down", "rounds", "seconds", "sound", "guarantee"),
+    *("guarantee_covers", "inference", "records", "run", "details"),
+)
+
+
+def read_row(told: Mapping[str, Any]) -> Row:
+    """The row that `Row.to_dict` told. Raises KeyError, TypeError or ValueError for what is none."""
+    cell = Cell(str(told["training"]), str(told["protection"]), int(told["clients"]))
+    if cell.training not in WAYS or cell.protection not in PROTECTIONS:
+        raise ValueError(f"no such row: {cell.name}")
+    figures: dict[str, Any] = {
+        name: None if told[name] is None else Estimate(float(told[name]), *map(float, told[f"{name}_interval"]))
+        for name in _FIGURES
+    }
+    same = {name: told[name] for name in _AS_THEY_ARE}
+    return Row(cell, str(told["status"]), notes=tuple(map(str, told["notes"])), **figures, **same)
 
 
 def extras_of(cell: Cell) -> list[str]:

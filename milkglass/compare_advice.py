@@ -13,13 +13,12 @@ from typing import Any, Final, final
 
 from milkglass.compare import MODELLED, WAYS, Cell, Row
 from milkglass.compare_section import CompareSection
-from milkglass.figures import number
+from milkglass.figures import amount, duration, number
 from milkglass.leakage.estimate import Estimate
 
 EQUAL_TIME: Final = 0.10
 """Times that differ by less than this share of the least one count as equal."""
 _SLACK: Final = 1e-9  # 0.97 - 0.95 is not 0.02 in floating point, and a row at a limit is within it
-_PREFIXES: Final = ("", "k", "M", "G", "T", "P", "E")
 
 
 @final
@@ -79,8 +78,8 @@ def advise(rows: Sequence[Row], needs: CompareSection) -> tuple[Advice, ...]:
 def belongs(cell: Cell, clients: int, needs: CompareSection) -> bool:
     """Whether a cell is among the choices of so many clients.
 
-    Training at one place is in every group, as the yardstick. Secure aggregation stands for the fewer clients in whose
-    place it was measured.
+    Training at one place is in every group, as the yardstick. Secure aggregation, which two clients cannot have, stands
+    beside theirs where it was measured with more in their place; a rule drops it there.
     """
     if cell.training == "whole":
         return True
@@ -117,30 +116,6 @@ def needs_in_words(needs: CompareSection) -> str:
     return ", ".join(told) or "no needs stated"
 
 
-def amount(value: float | None, unit: str) -> str:
-    """Three digits and a unit with its prefix: 1.23 kB is 1,230 bytes. A dash where there is no value."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return number(value)
-    power = 0 if value == 0 else min(len(_PREFIXES) - 1, max(0, math.floor(math.log10(abs(value)) / 3 + 1e-12)))
-    if abs(float(f"{value / 1000**power:.3g}")) >= 1000 and power + 1 < len(_PREFIXES):
-        power += 1  # 999,999 is 1 M
-    scaled = value / 1000**power
-    digits = 0 if power == 0 and value == round(value) else max(0, 2 - math.floor(math.log10(max(abs(scaled), 1))))
-    return f"{number(scaled, digits)} {_PREFIXES[power]}{unit}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds, from ten minutes on minutes, from ten hours on hours. A dash where there is no value."""
-    if seconds is None:
-        return "–"
-    for size, unit in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= 10 * size:
-            return f"{number(seconds / size, 1)} {unit}"
-    return f"{number(seconds, 1 if seconds >= 1 else 3)} s"
-
-
 @dataclass(frozen=True)
 class _Miss:
     """Why a row does not pass, and by how much, in the rule's own unit; infinite where there is no such number."""
@@ -158,7 +133,7 @@ def _advise(rows: Sequence[Row], trained: Sequence[Row], clients: int, needs: Co
     left = [row for row in rows if belongs(row.cell, clients, needs)]
     stated = needs_in_words(needs)
     rules: list[Rule] = []
-    for name, words, judge in _limits(trained, needs):
+    for name, words, judge in _limits(trained, needs, clients):
         found = [(row, judge(row)) for row in left]
         missed = [(row, miss) for row, miss in found if miss is not None]
         left = [row for row, miss in found if miss is None]
@@ -200,10 +175,13 @@ def _nothing(
     return Advice(clients, headline, why, None, nearest, tuple(rules))
 
 
-def _limits(trained: Sequence[Row], needs: CompareSection) -> Iterator[_Step]:
+def _limits(trained: Sequence[Row], needs: CompareSection, clients: int) -> Iterator[_Step]:
     """The rules that a row passes or not by itself, in their order."""
     yield "the rule on measurements", "Only what was measured, of trainings whose audit passed its controls.", _measured
     yield "the rule on records", "Raw records stay with the clients: training at one place is the yardstick.", _records
+    if any(_clients(row, clients) for row in trained if belongs(row.cell, clients, needs)):
+        words = f"There are {clients} clients, no more."
+        yield "the number of clients", words, lambda row: _clients(row, clients)
     if needs.labels_stay:
         yield "the need that labels stay", "Labels stay with the clients.", _labels
     if needs.peek_at_most is not None:
@@ -211,7 +189,10 @@ def _limits(trained: Sequence[Row], needs: CompareSection) -> Iterator[_Step]:
         words = f"The upper end of the interval of peek is at most {limit:g}. What was not measured is not within it."
         yield "the limit on peek", words, lambda row: _peek(row, limit)
     if needs.guarantee:
-        yield "the need of a guarantee", "There is a formal guarantee, not a measurement alone.", _guarantee
+        words = (
+            "There is a formal guarantee about a record, for all of it that the way shares, not a measurement alone."
+        )
+        yield "the need of a guarantee", words, _guarantee
     best = max((row for row in trained if _value(row.accuracy) is not None), key=_accuracy, default=None)
     lost = needs.accuracy_lost_at_most
     most = "" if best is None else f", {_percent(_accuracy(best))} ({best.cell.words})"
@@ -227,6 +208,11 @@ def _measured(row: Row) -> _Miss | None:
     if row.inference:
         return _Miss("protects answers afterwards, not a training")
     return None if row.sound else _Miss("its audit failed its controls, so its peek says nothing")
+
+
+def _clients(row: Row, clients: int) -> _Miss | None:
+    needed = row.cell.clients
+    return _Miss(f"needs {needed} clients") if needed > clients and row.cell.training != "whole" else None
 
 
 def _records(row: Row) -> _Miss | None:
@@ -248,7 +234,11 @@ def _peek(row: Row, limit: float) -> _Miss | None:
 
 
 def _guarantee(row: Row) -> _Miss | None:
-    return None if row.guarantee else _Miss("no formal guarantee")
+    if row.guarantee_covers:
+        return None
+    return _Miss(
+        "its guarantee does not cover all that is shared of a record" if row.guarantee else "no formal guarantee"
+    )
 
 
 def _lost(row: Row, best: float, limit: float) -> _Miss | None:

@@ -7,6 +7,7 @@ cells/collaboration-none-2/     volunteer-1/, volunteer-2/, ...
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from milkglass.audit_files import Plan, audit_run
 from milkglass.codec import encode
 from milkglass.compare import MEASURED, Cell, Row
-from milkglass.compare_place import Place, accuracy, batches_of_client, guarantee, slots
+from milkglass.compare_place import Place, accuracy, batches_of_client, covers, guarantee, record_gradients, slots
 from milkglass.compare_processes import finished, run_ranks, run_volunteers, volunteers
 from milkglass.compare_updates import federated_share, moved_share, update_row
 from milkglass.contributions import Share, gradients_of
+from milkglass.errors import DataError, RunError
 from milkglass.leakage.estimate import Estimate
 from milkglass.messages import Message
 from milkglass.recipe import Recipe
@@ -30,6 +32,8 @@ from milkglass.training.client_memory import training_bytes
 from milkglass.training.shares import deal_records
 from milkglass.training.split import train
 from milkglass.update_audit import mean_of
+
+_PENALTY: Final = "FLOPs and memory are without those of NoPeek's penalty"
 
 
 def split_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
@@ -43,7 +47,12 @@ def split_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
     if client.head is not None:
         with torch.no_grad():
             held.append((client.head, setup.server.stage.eval()(client.stage.eval()(x_B))))
-    measures = {name: Estimate(**value) for name, value in content["measures"].items()}
+    learned = sum(each.numel() for stage, _ in held for each in stage.parameters())
+    try:
+        measures = {name: Estimate(**value) for name, value in content["measures"].items()}
+        told = {name: content[name] for name in ("exposures", "best_attack", "peek", "verdict")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{place.run / 'audit.json'}: damaged: {error!r}; remove it to attack once more") from None
     attributes = [value for name, value in measures.items() if name.startswith("attribute.")]
     batches = batches_of_client(recipe, summary)
     return Row(
@@ -51,19 +60,20 @@ def split_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
         MEASURED,
         accuracy=accuracy(summary),
         client_flops=float(summary["client_flops_per_sample"]) * batches * recipe.training.batch_size,
-        client_memory=training_bytes(held, slots(recipe)),
+        client_memory=training_bytes(held, slots(recipe)) + record_gradients(recipe, learned),
         bytes_up=summary["bytes_sent"] / cell.clients,
         bytes_down=summary["bytes_received"] / cell.clients,
         rounds=round(batches),
         seconds=float(summary["seconds"]),
-        peek=Estimate(**content["peek"]),
+        peek=Estimate(**told["peek"]),
         membership=measures.get("membership.auc"),
         attribute=max(attributes, key=lambda each: each.high, default=None),
-        sound=content["verdict"] != "inconclusive",
+        sound=told["verdict"] != "inconclusive",
         guarantee=guarantee(summary),
-        notes=tuple(summary["cautions"]),
+        guarantee_covers=covers(cell, summary),
+        notes=(*summary["cautions"], *([_PENALTY] if recipe.defense.nopeek is not None else [])),
         run=place.name,
-        details={"exposures": content["exposures"], "best_attack": content["best_attack"], "wire": summary["wire"]},
+        details={**told, "wire": summary["wire"]},
     )
 
 
@@ -108,7 +118,8 @@ def federated_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
         own, share = own * cell.clients, mean_of(share, cell.clients)
         notes = ["attacked is the clients' mean update, which is all that secure aggregation opens"]
     row = update_row(cell, recipe, place, summary, share, own, notes)
-    words = guarantee(summary)
+    words, rounds = guarantee(summary), int(summary["rounds"])
+    framing = sum(flow["bytes"] - flow["payload_bytes"] for flow in summary["wire"]) / (2 * cell.clients * (rounds + 1))
     if secure:
         from milkglass.private.secure_aggregation import GUARANTEE
 
@@ -117,13 +128,18 @@ def federated_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
         row,
         bytes_up=sum(sent for sent, _ in by_client) / len(by_client),
         bytes_down=sum(received for _, received in by_client) / len(by_client),
-        rounds=int(summary["rounds"]),
+        rounds=rounds,
+        details={**row.details, "framing_bytes_per_message": framing},
         guarantee=words,
+        guarantee_covers=covers(cell, summary),
     )
 
 
 def parallel_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
     """Large-batch SGD, or adaptive periodic averaging, by ranks under torchrun; bytes are counted at their sockets."""
+    train, size = sum(map(len, deal_records(recipe).train.values())), recipe.training.batch_size
+    if train < size * cell.clients:  # told before so many processes are started
+        raise DataError(f"{train} training records make no batch of {size} for each of {cell.clients} ranks")
     summary = finished(recipe, place.run) or run_ranks(recipe, place.run, cell.clients)
     adaptive = cell.training == "adaptive"
     share: Share = gradients_of
@@ -150,16 +166,18 @@ def collaboration_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
     there = [finished(recipe, folder) if folder.exists() else None for folder in folders]
     summaries = [each for each in there if each is not None]
     if len(summaries) < len(folders):
+        for folder in folders:  # those who have finished would wait for nobody, and the others have nobody to meet
+            shutil.rmtree(folder, ignore_errors=True)
         summaries = run_volunteers(recipe, place.run, cell.clients)
     first, epochs = summaries[0], recipe.collaboration.epochs
     samples = sum(summary["samples"] for summary in summaries) / cell.clients
     records = deal_records(recipe)
-    told = first | {
+    told = dict(first) | {
         "records": {"train": sum(map(len, records.train.values())), "test": len(records.test)},
         "seconds": max(float(summary["seconds"]) for summary in summaries),
         "client_samples": samples,
     }
-    notes = ["records of a contribution: as many as a batch; the first volunteer is there before the others"]
+    notes = ["records of a contribution: as many as a batch; volunteers compute on while they wait for each other"]
     row = update_row(cell, recipe, place, told, gradients_of, recipe.training.batch_size, notes, "volunteer-1")
     return replace(
         row,

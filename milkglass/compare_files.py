@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from milkglass.attacks.suite import Strength
 from milkglass.compare import (
+    MEASURED,
     PROTECTIONS,
     WAYS,
     Cell,
@@ -29,6 +30,7 @@ from milkglass.compare import (
     cells_of,
     check_comparable,
     extras_of,
+    read_row,
     recipe_of,
     section_of,
 )
@@ -56,12 +58,15 @@ _MODULES: Final = {"federated": "flwr", "dp": "opacus", "he": "tenseal", "collab
 @final
 @dataclass
 class Comparison:
-    """What is known so far. rows: in the order in which they were made."""
+    """What is known so far. rows: in the order in which they were made. earlier: what an earlier call left, of rows
+    that this one was not asked for, or has not come to yet.
+    """
 
     recipe: Recipe
     section: CompareSection
     records: Deal
     back_at: str | None
+    earlier: Mapping[Cell, Row] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -70,9 +75,16 @@ class Comparison:
         """Of all clients together."""
         return sum(map(len, self.records.train.values()))
 
+    @property
+    def known(self) -> list[Row]:
+        """This call's rows, and then the earlier ones."""
+        made = {row.cell for row in self.rows}
+        return [*self.rows, *(row for cell, row in self.earlier.items() if cell not in made)]
+
     def to_dict(self) -> dict[str, Any]:
         """What compare.json holds."""
-        rows = [*self.rows, *modelled_rows(self.recipe, self.section, self.records, self.rows, self.back_at)]
+        known = self.known
+        rows = [*known, *modelled_rows(self.recipe, self.section, self.records, known, self.back_at)]
         scale = scale_of(self.recipe, self.records)
         return {
             "recipe_digest": self.recipe.digest(),
@@ -89,8 +101,8 @@ class Comparison:
             "test_records": len(self.records.test),
             "needs": self.section.model_dump(mode="json"),
             "rows": [row.to_dict() for row in rows],
-            "advice": [each.to_dict() for each in advise(self.rows, self.section)],
-            "formulas": formulas(self.recipe, self.records, self.rows, self.back_at),
+            "advice": [each.to_dict() for each in advise(known, self.section)],
+            "formulas": formulas(self.recipe, self.records, known, self.back_at),
             "survey": survey(),
             "notes": self.notes,
         }
@@ -115,8 +127,8 @@ def compare(
     if not cells:
         raise MilkglassError("compare: none of these protections goes with any of these ways of training")
     records = deal_records(recipe)
-    found = Comparison(recipe, section, records, _back_at(recipe, records))
-    _check_folder(out, recipe, digest_of(records))
+    earlier = _earlier(out, recipe, section, digest_of(records))
+    found = Comparison(recipe, section, records, _back_at(recipe, records), earlier, notes=_notes(recipe))
     _write(out, found)
     for number, cell in enumerate(cells, start=1):
         row = _row(found, out, cell, watching)
@@ -137,7 +149,10 @@ def _row(found: Comparison, out: Path, cell: Cell, watching: Watching) -> Row:
                     else WAYS[cell.training].words,
                     extra,
                 )
+        there = found.earlier.get(cell)
         if PROTECTIONS[cell.protection].inference:
+            if there is not None and there.is_measured and there.records == found.section.records:
+                return there
             _make(found, out, cell.undefended, watching)
             return inference_row(
                 cell, _place(out, cell.undefended, found.section.attacks, watching), found.section.records
@@ -180,10 +195,18 @@ def _back_at(recipe: Recipe, records: Deal) -> str | None:
     return behind[-1] if behind else None
 
 
-def _check_folder(out: Path, recipe: Recipe, digest: str) -> None:
-    """Raise RunError where `out` is not free, and not an earlier comparison of the same recipe and records."""
+def _notes(recipe: Recipe) -> list[str]:
+    """What of the recipe is not compared."""
+    others = [name for name in type(recipe.defense).model_fields if name not in ("nopeek", "channel", "certified")]
+    left = [name for name in others if getattr(recipe.defense, name) is not None]
+    left = [name for name in left if name != "entropy" or recipe.defense.channel is None]
+    return [f"defense.{name} is in the recipe, and in no row: it is not among what is compared" for name in left]
+
+
+def _earlier(out: Path, recipe: Recipe, section: CompareSection, digest: str) -> dict[Cell, Row]:
+    """What an earlier call left that was attacked as hard. Raises RunError where `out` is neither free nor that."""
     if not out.exists():
-        return
+        return {}
     if not out.is_dir():
         raise RunError(f"{out}: a file of that name exists; choose another --out")
     file = out / "compare.json"
@@ -191,10 +214,12 @@ def _check_folder(out: Path, recipe: Recipe, digest: str) -> None:
         strange = [each.name for each in out.iterdir() if each.name not in OWN and not each.name.endswith(".partial")]
         if strange:
             raise RunError(f"{out}: holds other files, such as {min(strange)}; choose another --out")
-        return
+        return {}
     try:
         content = json.loads(file.read_bytes())
         earlier, records = parse_recipe(content["recipe"]), content["records_digest"]
+        rows = [read_row(row) for row in content["rows"] if row["status"] == MEASURED]
+        as_hard = content["strength"] == section.attacks
     except (OSError, ValueError, KeyError, TypeError, MilkglassError) as error:
         raise RunError(f"{file}: damaged: {first_line(error)}; remove it to go on from the cells") from None
     if earlier.digest() != recipe.digest():
@@ -202,6 +227,7 @@ def _check_folder(out: Path, recipe: Recipe, digest: str) -> None:
         raise RunError(f"{out}: holds a comparison of another recipe: {difference}; choose another --out")
     if records != digest:
         raise RunError(f"{out}: holds a comparison of other records than are there now; choose another --out")
+    return {row.cell: row for row in rows} if as_hard else {}
 
 
 def _write(out: Path, found: Comparison) -> None:

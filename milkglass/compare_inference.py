@@ -49,11 +49,11 @@ def _homomorphic(cell: Cell, setup: Setup, z_BD: Tensor, y_B: Tensor) -> Row:
         y_B,
         GUARANTEE,
         {**_numbers(asdict(found)), "server_seconds_ratio": found.server_seconds / max(found.plain_seconds, 1e-9)},
-        bytes_up=found.bytes_up + found.key_bytes,
+        bytes_up=found.bytes_up,
         bytes_down=found.bytes_down,
         seconds=found.client_seconds + found.server_seconds,
         note=f"top-1 as without encryption for {found.top1_equal:.1%} of {found.records} records, largest error of an "
-        f"answer {found.largest_logit_error:.2g}; {found.key_bytes:,} bytes up are keys, sent once",
+        f"answer {found.largest_logit_error:.2g}; before: {found.key_bytes:,} bytes of keys, once",
     )
 
 
@@ -143,7 +143,6 @@ def _measured(
         accuracy=_accuracy(right, len(y_B)),
         bytes_up=float(bytes_up),
         bytes_down=float(bytes_down),
-        rounds=1,
         seconds=seconds,
         guarantee=guarantee,
         inference=True,

@@ -75,14 +75,14 @@ def halves_of(recipe: Recipe, records: Deal, back_at: str | None = None) -> Halv
 def expected_flows(recipe: Recipe, records: Deal, row: Row, back_at: str | None) -> tuple[Flows, ...] | None:
     """What the formulas, with stated overheads, say of each client of a row; None for a way that has none."""
     cell, train = row.cell, sum(map(len, records.train.values()))
-    if cell.protection != "none" or cell.training in ("whole", "collaboration"):
+    if cell.protection != "none" or cell.training in ("whole", "collaboration") or recipe.wire.compress != "none":
         return None
     if cell.training in _MODES:
         return split_bytes(_work(recipe, records, cell, back_at))
     parameters = halves_of(recipe, records).parameters
     if cell.training == "federated":
         rounds = recipe.training.epochs // recipe.federated.local_epochs
-        framing = float(row.details.get("framing_bytes_per_round", 0.0))
+        framing = float(row.details.get("framing_bytes_per_message", 0.0))
         return (federated_bytes(4 * parameters, rounds, message_overhead_bytes=framing),)
     steps = train // (recipe.training.batch_size * cell.clients) * recipe.training.epochs
     dense = cell.training == "large_batch"
@@ -196,7 +196,7 @@ def _modelled(recipe: Recipe, records: Deal, cell: Cell, like: Row, back_at: str
         if cell.training in ("large_batch", "adaptive"):
             dense = cell.training == "large_batch"
             epochs = recipe.training.epochs
-            flows = (ring_bytes(parts.parameters, cell.clients, steps, epochs=epochs, bucketed=dense),)
+            flows = (ring_bytes(parts.parameters, cell.clients, steps, epochs=epochs, bucketed=dense, tested=False),)
         client = parts.whole
     flops = flops_per_sample(client, records.test.x[:1])
     if parts.head is not None and parts.features is not None:

@@ -17,9 +17,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from milkglass.compare import MEASURED, MODELLED, PROTECTIONS, WAYS, Cell
-from milkglass.compare_advice import amount, belongs, duration
+from milkglass.compare_advice import belongs
 from milkglass.compare_section import CompareSection
-from milkglass.figures import number, ticks
+from milkglass.figures import amount, duration, number, ticks
 
 Content = Mapping[str, Any]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440.0, 40.0, 424.0, 30.0, 262.0  # of a scatter, in SVG units

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from milkglass.attacks.suite import Strength
 from milkglass.audit_files import Watched
+from milkglass.compare import Cell
 from milkglass.leakage.classification import clopper_pearson
 from milkglass.leakage.estimate import Estimate
 from milkglass.recipe import Recipe
 from milkglass.training.client_memory import optimizer_slots
 from milkglass.training.split import Progress
+
+LARGEST_EPSILON: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,25 @@ def batches_of_client(recipe: Recipe, summary: Mapping[str, Any]) -> float:
     return batches
 
 
+def record_gradients(recipe: Recipe, learned: int) -> int:
+    """Bytes of the gradients of single records, which DP-SGD holds of so many weights at once; 0 without it."""
+    return 0 if recipe.dp is None else 4 * learned * recipe.training.batch_size
+
+
 def slots(recipe: Recipe) -> int:
     return optimizer_slots(recipe.training.optimizer, recipe.training.momentum)
+
+
+def covers(cell: Cell, summary: Mapping[str, Any]) -> bool:
+    """Whether the guarantee of a training is about a record, for all of it that the way shares but its label.
+
+    A channel's certificate is of activations: U-shaped, gradients of a second cut go out as well. DP-SGD is of weights:
+    in split training activations go out as well; and above an epsilon of 10 it says nothing that means anything.
+    """
+    if cell.protection == "channel":
+        return cell.training != "u_shaped" and bool(summary.get("certificate"))
+    spent = [each["epsilon"] for each in (summary.get("privacy") or {}).values()]
+    return cell.training == "federated" and bool(spent) and max(spent) <= LARGEST_EPSILON
 
 
 def guarantee(summary: Mapping[str, Any]) -> str | None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from milkglass.attacks.gradients import gradients_from_step
 from milkglass.compare import MEASURED, Cell, Row
-from milkglass.compare_place import Place, accuracy, batches_of_client, slots
+from milkglass.compare_place import Place, accuracy, batches_of_client, record_gradients, slots
 from milkglass.contributions import Share, Subject, gradients_of
 from milkglass.cuts import flops_per_sample
 from milkglass.data import Deal
-from milkglass.errors import RunError, first_line
+from milkglass.errors import AuditError, RunError, first_line
 from milkglass.leakage.estimate import Estimate
 from milkglass.networks import build
 from milkglass.randomness import public_source
@@ -35,6 +35,13 @@ AUDIT: Final = "update_audit.json"
 """Of another form than audit.json, which tells of what crossed a cut."""
 
 
+_ADAM: Final = "with Adam what weights moved is no gradient, so this attack is weaker than one that knows that might be"
+
+
+def _moves_by_adam(cell: Cell, recipe: Recipe) -> bool:
+    return recipe.training.optimizer == "adam" and cell.training in ("federated", "adaptive")
+
+
 def update_row(
     cell: Cell,
     recipe: Recipe,
@@ -48,7 +55,7 @@ def update_row(
     """What all trainings of a whole network have in common."""
     records = deal_records(recipe)
     first, last = _networks(recipe, records, place.run / inside / NETWORK)
-    content = _audited_updates(
+    content = _audited_or_why(
         recipe,
         records,
         place,
@@ -64,25 +71,30 @@ def update_row(
         notes,
     )
     batch = next(iter(records.train.values())).x[: recipe.training.batch_size]
-    flops = flops_per_sample(first, batch[:1])
+    flops, learned = flops_per_sample(first, batch[:1]), sum(each.numel() for each in first.parameters())
     batches = (
         summary["client_samples"] / len(batch) if "client_samples" in summary else batches_of_client(recipe, summary)
     )
-    measures = {name: Estimate(**value) for name, value in content["measures"].items()}
+    try:
+        measures = {name: Estimate(**value) for name, value in content["measures"].items()}
+        notes = [*map(str, content["notes"])]
+        sound, sizes = content["verdict"] != "inconclusive", content["contributions"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{place.run / AUDIT}: damaged: {error!r}; remove it to attack once more") from None
     return Row(
         cell,
         MEASURED,
         accuracy=accuracy(summary),
         client_flops=flops * batches * recipe.training.batch_size,
-        client_memory=training_bytes([(first, batch)], slots(recipe)),
+        client_memory=training_bytes([(first, batch)], slots(recipe)) + record_gradients(recipe, learned),
         seconds=float(summary["seconds"]),
-        peek=measures["peek"],
-        gradient_inversion=measures["peek"],
+        peek=measures.get("peek"),
+        gradient_inversion=measures.get("peek"),
         membership=measures.get("membership.auc"),
-        sound=content["verdict"] != "inconclusive",
-        notes=tuple(content["notes"]),
+        sound=sound,
+        notes=(*notes, *([_ADAM] if _moves_by_adam(cell, recipe) else [])),
         run=place.name,
-        details={"update_records": content["contributions"]},
+        details={"update_records": sizes},
     )
 
 
@@ -128,6 +140,15 @@ def _moved(network: nn.Module, after: Mapping[str, Tensor], scale: float) -> tup
     return gradients_from_step(list(named.values()), [after[name] for name in named], scale)
 
 
+def _audited_or_why(*of: Any) -> dict[str, Any]:
+    """Of a network that the attack breaks on, why: then a row has no peek, and no verdict may rest on it."""
+    try:
+        return _audited_updates(*of)
+    except AuditError as error:
+        why = f"updates were not attacked: {error}"
+        return {"measures": {}, "notes": [why], "verdict": "inconclusive", "contributions": []}
+
+
 def _audited_updates(
     recipe: Recipe, records: Deal, place: Place, subject: Subject, own_size: int, notes: list[str]
 ) -> dict[str, Any]:
@@ -137,7 +158,7 @@ def _audited_updates(
             content: dict[str, Any] = json.loads(path.read_bytes())
         except ValueError as error:
             raise RunError(f"{path}: damaged: {first_line(error)}; remove it to attack once more") from None
-        if content.get("strength") == place.strength:
+        if isinstance(content, dict) and content.get("strength") == place.strength:
             return content
     name = next(iter(records.train))
     with computing_with(recipe.threads), place.watching.audit() as watch:
@@ -162,5 +183,8 @@ def _networks(recipe: Recipe, records: Deal, file: Path) -> tuple[nn.Module, nn.
         weights = public_source(recipe.seed).generator("weights")
         settings = recipe.network.settings
         made.append(build(recipe.network.name, records.record_shape, records.classes, settings, weights))
-    made[1].load_state_dict(RunFolder(file.parent, recipe).read_tensors(file.name))
+    try:
+        made[1].load_state_dict(RunFolder(file.parent, recipe).read_tensors(file.name))
+    except RuntimeError as error:
+        raise RunError(f"{file}: not the recipe's network any more: {first_line(error)}; remove its folder") from None
     return made[0], made[1]

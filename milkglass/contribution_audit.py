@@ -203,7 +203,7 @@ def audit_contributions(
             rebuilt[what] = torch.cat([part.records for part in parts])
             scores.append(_score(subject, moment, size, parts, trust, source))
         watch.now(what := "controls")
-        controls = controls_of(subject, attack, source)
+        controls = controls_of(subject, GradientInversion(effort.steps, effort.starts, rate=_RATE))
     except FAILURES as error:
         raise AuditError(f"{attack.name} broke, {what}: {one_line(error)}") from None
     watch.now("done")

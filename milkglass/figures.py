@@ -272,3 +272,30 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.NEAREST)
             paper.paste(image, (left + column * (cell + gap), y))
     return paper
+
+
+_PREFIXES: Final = ("", "k", "M", "G", "T", "P", "E")
+
+
+def amount(value: float | None, unit: str) -> str:
+    """Three digits and a unit with its prefix: 1.23 kB is 1,230 bytes. A dash where there is no value."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return number(value)
+    power = 0 if value == 0 else min(len(_PREFIXES) - 1, max(0, math.floor(math.log10(abs(value)) / 3 + 1e-12)))
+    if abs(float(f"{value / 1000**power:.3g}")) >= 1000 and power + 1 < len(_PREFIXES):
+        power += 1  # 999,999 is 1 M
+    scaled = value / 1000**power
+    digits = 0 if power == 0 and value == round(value) else max(0, 2 - math.floor(math.log10(max(abs(scaled), 1))))
+    return f"{number(scaled, digits)} {_PREFIXES[power]}{unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, from ten minutes on minutes, from ten hours on hours. A dash where there is no value."""
+    if seconds is None:
+        return "–"
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 10 * size:
+            return f"{number(seconds / size, 1)} {unit}"
+    return f"{number(seconds, 1 if seconds >= 1 else 3)} s"

@@ -185,6 +185,7 @@ class Recipe(Section):
             ("training", "micro_batches", 1),
             ("parties", "mode", "relay"),
             ("parties", "vertical", Vertical().model_dump(mode="json")),
+            ("collaboration", "first_peers", 1),
             ("training", "client_learns", "all"),
             ("training", "at_home", False),
             ("training", "decay_steps", None),

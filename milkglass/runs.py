@@ -103,8 +103,7 @@ class RunFolder:
         if not folder.recipe.parties.is_split:
             raise RunError(
                 f"run folder {path}: its parties.mode is {folder.recipe.parties.mode}: nothing was split there, "
-                "and nothing crossed a cut; expected a run of split training (what other ways share, `milkglass compare` "
-                "attacks)"
+                "and nothing crossed a cut; expected a run of split training (`milkglass compare` attacks other ways)"
             )
         missing = [name for name in needed or FINISHED if not (path / name).is_file()]
         if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from milkglass.compare import (
     cells_of,
     check_comparable,
     extras_of,
+    read_row,
     recipe_of,
     section_of,
     sorted_rows,
@@ -122,6 +124,7 @@ def test_defenses_do_not_change_an_agreed_digest_of_the_base() -> None:
         ({"client": {"own_records": True}}, "client.own_records"),
         ({"parties": {"mode": "vertical", "clients": ["a", "b"]}}, "parties.mode vertical"),
         ({"training": {"at_home": True}}, "training.at_home"),
+        ({"training": {"drop_last_batch": False}}, "training.drop_last_batch = false"),
         ({"parties": {"mode": "data_parallel"}, "cut": {}}, "'cut.at' is missing"),
     ],
 )
@@ -159,6 +162,26 @@ def test_a_row_is_told_as_numbers() -> None:
     )
     assert (told["accuracy"], told["peek"], told["peek_interval"]) == (0.9, 0.1, [0.0, 0.2])
     assert {"client_flops", "bytes_up", "bytes_down", "seconds", "guarantee"} <= told.keys()
+
+
+def test_a_row_is_read_as_it_was_told() -> None:
+    found = Row(
+        Cell("federated", "dp", 10),
+        MEASURED,
+        accuracy=Estimate(0.9, 0.8, 0.95),
+        client_flops=1e9,
+        bytes_up=3.0,
+        rounds=4,
+        guarantee="epsilon 3",
+        guarantee_covers=True,
+        sound=False,
+        notes=("a", "b"),
+        run="federated-dp-10",
+        details={"wire": [1]},
+    )
+    assert read_row(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ValueError, match="no such row: spilt-none-2"):
+        read_row(found.to_dict() | {"training": "spilt", "protection": "none", "clients": 2})
 
 
 @pytest.mark.parametrize(

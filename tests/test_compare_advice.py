@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from milkglass.compare import MEASURED, MODELLED, Cell, Row
-from milkglass.compare_advice import Advice, advise, amount, duration, seconds_of
+from milkglass.compare_advice import Advice, advise, seconds_of
 from milkglass.compare_section import CompareSection
+from milkglass.figures import amount, duration
 from milkglass.leakage.estimate import Estimate
 
 
@@ -54,7 +55,8 @@ FAST, OTHER = "split-none-2", "u_shaped-none-2"
         pytest.param({"peek": 0.46}, {"peek_at_most": 0.5}, id="upper end of peek"),
         pytest.param({"peek": None}, {"peek_at_most": 1.0}, id="peek unmeasured"),
         pytest.param({"peek": Estimate(0.1, math.nan, math.nan)}, {"peek_at_most": 1.0}, id="no interval"),
-        pytest.param({"guarantee": None}, {"guarantee": True}, id="guarantee"),
+        pytest.param({"guarantee": None, "guarantee_covers": False}, {"guarantee": True}, id="guarantee"),
+        pytest.param({"guarantee_covers": False}, {"guarantee": True}, id="guarantee of something else"),
         pytest.param({"accuracy": 0.9}, {}, id="accuracy"),
         pytest.param({"accuracy": None}, {}, id="accuracy unmeasured"),
         pytest.param({"seconds": 20.0}, {}, id="seconds"),
@@ -67,9 +69,10 @@ FAST, OTHER = "split-none-2", "u_shaped-none-2"
     ],
 )
 def test_each_rule_turns_the_choice(turned: dict[str, Any], stated: dict[str, Any]) -> None:
-    rows = [row(FAST, seconds=7.5, guarantee="yes"), row(OTHER, seconds=8.0, guarantee="yes")]
+    words = {"guarantee": "yes", "guarantee_covers": True}
+    rows = [row(FAST, seconds=7.5, **words), row(OTHER, seconds=8.0, **words)]
     assert chosen(rows, **stated) == FAST
-    rows[0] = row(FAST, **{"seconds": 7.5, "guarantee": "yes"} | turned)
+    rows[0] = row(FAST, **{"seconds": 7.5} | words | turned)
     advice = one(rows, **stated)
     assert advice.chosen is rows[1]
     dropped = [(each.cell.name, why) for rule in advice.rules for each, why in rule.dropped]
@@ -202,8 +205,9 @@ def test_clients_are_given_and_not_chosen() -> None:
     rows += [row("federated-secure_aggregation-3", seconds=2.0), row("adaptive-none-4")]
     two, ten, four = advise(rows, needs(clients=(2, 10)))
     assert [two.clients, ten.clients, four.clients] == [2, 10, 4]
-    assert two.chosen is not None
-    assert two.chosen.cell.name == "federated-secure_aggregation-3"  # stands for two, which are too few
+    assert two.chosen is rows[1]
+    dropped = {each.cell.name: why for rule in two.rules for each, why in rule.dropped}
+    assert dropped["federated-secure_aggregation-3"] == "needs 3 clients"
     assert ten.chosen is rows[2]
     assert four.chosen is rows[4]
     for advice in (two, ten, four):

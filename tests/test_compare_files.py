@@ -14,9 +14,10 @@ import pytest
 
 from milkglass import compare_cells, compare_files, compare_inference
 from milkglass.cli import main
-from milkglass.compare import MEASURED, PROTECTIONS, Cell, Row
+from milkglass.compare import MEASURED, PROTECTIONS, Cell, Row, recipe_of
 from milkglass.compare_files import Comparison, compare
 from milkglass.compare_place import Place, Watching
+from milkglass.compare_processes import run_volunteers, volunteers
 from milkglass.errors import CutError, MilkglassError, RecipeError, RunError
 from milkglass.leakage.estimate import Estimate
 from milkglass.recipe import Recipe, parse_recipe
@@ -144,6 +145,25 @@ def test_a_cell_is_made_once_and_its_undefended_one_before_it(tmp_path: Path, ma
     assert made == [Cell("split", "none", 2), Cell("split", "channel", 2)]
 
 
+def test_rows_of_an_earlier_call_stay(tmp_path: Path, made: list[Cell]) -> None:
+    """Asked for less, or stopped on the way, a second call takes nothing away; attacked harder, it begins anew."""
+    out = tmp_path / "out"
+    run(out, only=["split", "adaptive"], clients=[2])
+    before = statuses(out)
+    run(out, only=["adaptive"], clients=[2])
+    assert statuses(out) == {name: status for name, status in before.items() if status == "measured"}
+    assert ("split", "channel") in statuses(out)
+    assert {cell.training for cell in made[-1:]} == {"adaptive"}
+    run(out, recipe(compare={"attacks": "default"}), only=["adaptive"], clients=[2])
+    assert set(statuses(out)) == {("adaptive", "none")}
+
+
+def test_what_the_recipe_has_and_no_row_is_told(tmp_path: Path, made: list[Cell]) -> None:
+    found = run(tmp_path / "out", recipe(defense={"noise": {"sigma": 1.0}}), only=["adaptive"], clients=[2])
+    assert found.notes == ["defense.noise is in the recipe, and in no row: it is not among what is compared"]
+    assert made
+
+
 @pytest.mark.usefixtures("made")
 def test_another_recipes_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -209,7 +229,7 @@ def test_a_true_comparison_and_its_second_run(tmp_path: Path, monkeypatch: pytes
         compare={"protections": ["none", "channel", "homomorphic"], "attacks": "quick", "clients": [2], "records": 20},
         cut={"at": "hidden2"},
     )
-    ways = ["whole", "split", "splitfed", "large_batch"]
+    ways = ["whole", "split", "federated", "large_batch"]
     found = compare(small, tmp_path / "out", watching(), only=ways)
     rows = {(row.cell.training, row.cell.protection): row for row in found.rows}
     assert all(row.is_measured for row in found.rows), [row.status for row in found.rows]
@@ -221,7 +241,7 @@ def test_a_true_comparison_and_its_second_run(tmp_path: Path, monkeypatch: pytes
     assert (encrypted.records, encrypted.inference) == (20, True)
     assert rows["large_batch", "none"].gradient_inversion is not None
     ratios = {row["training"]: row["ratio"] for row in told(tmp_path / "out")["formulas"]["rows"]}
-    assert ratios.keys() == {"split", "splitfed", "large_batch"}
+    assert ratios.keys() == {"split", "federated", "large_batch"}
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios.values()), ratios
 
     def never(*_: object, **__: object) -> None:
@@ -239,3 +259,17 @@ def test_a_true_comparison_and_its_second_run(tmp_path: Path, monkeypatch: pytes
 def test_makers_of_answers_are_those_of_the_protections() -> None:
     makers: dict[str, Callable[..., Row]] = compare_inference._MAKERS
     assert set(makers) == {name for name, each in PROTECTIONS.items() if each.inference}
+
+
+@pytest.mark.slow
+def test_volunteers_begin_together_and_end_with_one_state(tmp_path: Path) -> None:
+    """However quick the first is: no step is made before all are there."""
+    made = recipe_of(
+        recipe(training={"epochs": 1, "batch_size": 16}), Cell("collaboration", "none", 2), train_records=160
+    )
+    summaries = run_volunteers(made, tmp_path / "out", 2)
+    assert len({summary["state"] for summary in summaries}) == 1
+    assert all(summary["samples"] > 0 for summary in summaries)
+    for name in volunteers(2):
+        lines = [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        assert (lines[0]["epoch"], lines[0]["peers"]) == (1, 2)

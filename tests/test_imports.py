@@ -29,7 +29,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "compare_inference": ("compare", "compare_place", "replay", "private"),
     "compare_updates": ("compare", "compare_place", "update_audit", "training", "private"),
     "compare_model": ("compare", "costs_figure", "costs_wire", "survey", "charts", "cuts", "data", "networks"),
-    "compare_place": ("audit_files", "training"),
+    "compare_place": ("audit_files", "compare", "training"),
     "compare_processes": ("runs", "training"),
     "compare_page": ("compare_advice", "charts"),
     "compare_advice": ("compare", "figures"),

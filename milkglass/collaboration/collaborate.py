@@ -219,6 +219,7 @@ def collaborate(
                 digest,
                 section.epochs,
                 longest_batch_seconds=NOT_BEGUN * section.timeout_seconds,
+                first_peers=section.first_peers,
                 told=lambda line: told(diary.epoch(line)),
                 note=note,
                 withdrawn=own.withdrawn,

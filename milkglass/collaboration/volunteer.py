@@ -53,7 +53,8 @@ class Tally:
 class Volunteer:
     """One volunteer's training. recipe_digest: of what all agreed on. epochs: the run's end.
 
-    longest_batch_seconds: who computes one batch for longer is left out by the others.
+    longest_batch_seconds: who computes one batch for longer is left out by the others. first_peers: so many that train
+    take the run's first step together.
 
     told: is given a line of metrics.jsonl after each epoch. note: is given a sentence now and then.
     """
@@ -67,6 +68,7 @@ class Volunteer:
         epochs: int,
         *,
         longest_batch_seconds: float,
+        first_peers: int = 1,
         told: Callable[[dict[str, Any]], None],
         note: Callable[[str], None],
         withdrawn: Callable[[], str | None] = lambda: None,
@@ -77,6 +79,7 @@ class Volunteer:
         self._rate = 0.0
         self._not_finite = 0
         self._longest_batch_seconds, self._told_of_long_batches = longest_batch_seconds, False
+        self._first_peers = first_peers
         self._states: list[tuple[int, bytes]] = []
         self._frozen: Report | None = None
         self._epoch_began = time.monotonic()
@@ -115,14 +118,29 @@ class Volunteer:
         """To the run's end. Raises LinkError where the daemon ends or the admission is withdrawn."""
         session.look()
         session.measure_first()
-        session.board.is_newcomer = bool(session.others)
+        session.board.is_newcomer = not self._is_first(session)
+        while self._is_early(session):
+            self._check(session)
+            time.sleep(_POLL_SECONDS)
         while not self.finished:
-            withdrawn = self._withdrawn()
-            if withdrawn is not None:
-                raise LinkError(withdrawn)
-            if not session.node.alive:
-                raise ConnectionError("the peer-to-peer daemon has ended")
+            self._check(session)
             self._turn(session)
+
+    def _check(self, session: Session) -> None:
+        withdrawn = self._withdrawn()
+        if withdrawn is not None:
+            raise LinkError(withdrawn)
+        if not session.node.alive:
+            raise ConnectionError("the peer-to-peer daemon has ended")
+
+    def _is_first(self, session: Session) -> bool:
+        """Whether nobody has taken a step yet."""
+        return self._replica.epoch == 0 and all(report.epoch == 0 for report in session.others.values())
+
+    def _is_early(self, session: Session) -> bool:
+        """Whether the run has not begun, and more are expected before it does."""
+        here = sum(report.trains for report in session.others.values()) + self._place.trains
+        return here < self._first_peers and self._is_first(session)
 
     def wait_for_others(self, session: Session, most_seconds: float) -> None:
         """After the end: stay while others are not there yet, for they may need our part, or the state."""

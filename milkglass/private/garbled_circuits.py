@@ -35,7 +35,8 @@ from milkglass.private.two_processes import party_folders, run_pair
 from milkglass.randomness import Source
 
 GUARANTEE: Final = (
-    "Garbled argmax: the server learns nothing of the logits or the class, the client the class alone. Authenticated "
+    "Garbled argmax of logits that both hold shares of, the comparison layer alone: the server learns nothing of them "
+    "or of the class, the client the class alone. Whoever computed the logits in the clear knows them. Authenticated "
     "garbling is made to hold against a party that deviates, but the build measured here has had no review: figures "
     "from it are costs, not protection."
 )

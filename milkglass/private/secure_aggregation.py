@@ -170,18 +170,19 @@ def answer(
     """A client's weights, for Flower to mask: it goes no further as it is.
 
     told: numbers of at most 64 that only their mean is to tell. Raises DataError for what would not come out as it went
-    in: numbers that are not finite or too large, or more records than the server has heard of.
+    in: numbers that are not finite or too large, or more records than the server has heard of. What it says goes to the
+    server, so it names no value.
     """
     most = cast(float, context.state.config_records[RECORD_KEY_STATE][Key.MAX_WEIGHT])
     if records > most:
         raise DataError(f"{records} training records, and the server takes {most:.0f} for the most that a client has")
     if max(told) > _MOST_TOLD or not all(map(math.isfinite, told)):
-        raise DataError(f"the loss or a count is {max(told)}; secure aggregation sums numbers of at most {_MOST_TOLD}")
+        raise DataError(f"its loss, or a count, is not finite or too large: at most {_MOST_TOLD} can be summed")
     exact = [np.asarray(array, np.float64) for array in arrays]
     largest = max((float(np.abs(array).max(initial=0.0)) for array in exact), default=0.0)
     if not largest <= settings.clip:  # nor is NaN
         raise DataError(
-            f"a weight is of size {largest:.3g}, and federated.secure_aggregation.clip is {settings.clip}: raise it"
+            f"a weight is too large, or not finite; federated.secure_aggregation.clip is {settings.clip}: raise it"
         )
     exact.append(np.asarray(told, np.float64) * (settings.clip / _MOST_TOLD))
     result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(exact), records, {})

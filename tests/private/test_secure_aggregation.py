@@ -279,9 +279,9 @@ def flower_task_identity() -> None:
 @pytest.mark.parametrize(
     ("own", "told", "records", "words"),
     [
-        ([8.5], [1.0], 5, r"a weight is of size 8\.5, and federated\.secure_aggregation\.clip is 8\.0"),
-        ([float("nan")], [1.0], 5, "a weight is of size nan"),
-        ([1.0], [float("nan")], 5, "the loss or a count is nan"),
+        ([8.5], [1.0], 5, "a weight is too large, or not finite; federated.secure_aggregation.clip is 8.0"),
+        ([float("nan")], [1.0], 5, "a weight is too large, or not finite"),
+        ([1.0], [float("nan")], 5, "its loss, or a count, is not finite or too large"),
         ([1.0], [65.0], 5, "at most 64"),
         ([1.0], [1.0], 91, "91 training records, and the server takes 90 for the most"),
     ],
