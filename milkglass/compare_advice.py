@@ -16,6 +16,8 @@ from milkglass.compare_section import CompareSection
 from milkglass.figures import amount, duration, number
 from milkglass.leakage.estimate import Estimate
 
+MUCH_PEEK: Final = 0.2
+"""From here on a choice that nobody limited is told to show much."""
 EQUAL_TIME: Final = 0.10
 """Times that differ by less than this share of the least one count as equal."""
 _SLACK: Final = 1e-9  # 0.97 - 0.95 is not 0.02 in floating point, and a row at a limit is within it
@@ -151,7 +153,7 @@ def _advise(rows: Sequence[Row], trained: Sequence[Row], clients: int, needs: Co
     chosen = left[0]
     return Advice(
         clients,
-        headline=f"{stated}: {chosen.cell.words}",
+        headline=f"{stated}: {chosen.cell.words}{_shows_much(chosen, needs)}",
         why=why,
         chosen=chosen,
         nearest=None,
@@ -173,6 +175,14 @@ def _nothing(
         why += f" The nearest: {nearest.cell.words}, {miss.over or miss.why}."
         headline += f"; nearest: {nearest.cell.words}"
     return Advice(clients, headline, why, None, nearest, tuple(rules))
+
+
+def _shows_much(chosen: Row, needs: CompareSection) -> str:
+    """A warning where nobody asked for little peek, and there is much."""
+    peek = _value(chosen.peek)
+    if needs.peek_at_most is not None or peek is None or peek < MUCH_PEEK:
+        return ""
+    return f"; it shows much (peek {number(peek, 2)}), and no limit on peek was stated (compare.peek_at_most)"
 
 
 def _limits(trained: Sequence[Row], needs: CompareSection, clients: int) -> Iterator[_Step]:

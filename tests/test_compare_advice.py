@@ -225,9 +225,16 @@ def test_encrypted_answers_are_an_addition_to_a_split_network_alone() -> None:
     assert one([*answers, row("federated-none-2")]).afterwards == ()
 
 
+def test_a_choice_that_shows_much_says_so_where_no_limit_was_stated() -> None:
+    much, little = row(FAST, peek=0.3), row(FAST, peek=0.1)
+    assert "it shows much (peek 0.30)" in one([much]).headline
+    assert "shows much" not in one([little]).headline
+    assert "shows much" not in one([much], peek_at_most=0.9).headline
+
+
 def test_the_headline_says_the_needs_and_then_the_choice() -> None:
     stated: dict[str, Any] = {"labels_stay": True, "uplink_mbit_per_second": 20.0}
-    advice = one([row("u_shaped-channel-2")], **stated)
+    advice = one([row("u_shaped-channel-2", peek=0.1)], **stated)
     assert advice.headline == "labels must stay, 20 Mbit/s up: split, U-shaped, channel, 2 clients"
     stated |= {"peek_at_most": 0.5, "guarantee": True, "downlink_mbit_per_second": 100.0, "accuracy_lost_at_most": 0.01}
     told = one([row("u_shaped-channel-2", guarantee="yes")], **stated).headline.split(": ")[0]
