@@ -59,7 +59,7 @@ _MODULES: Final = {"federated": "flwr", "dp": "opacus", "he": "tenseal", "collab
 @dataclass
 class Comparison:
     """What is known so far. rows: in the order in which they were made. earlier: what an earlier call left, of rows
-    that this one was not asked for, or has not come to yet.
+    that this one was not asked for, or has not come to yet. finished: all rows are made; then follow the modelled ones.
     """
 
     recipe: Recipe
@@ -69,6 +69,7 @@ class Comparison:
     earlier: Mapping[Cell, Row] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    finished: bool = False
 
     @property
     def train_records(self) -> int:
@@ -84,7 +85,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """What compare.json holds."""
         known = self.known
-        rows = [*known, *modelled_rows(self.recipe, self.section, self.records, known, self.back_at)]
+        rows, drawn = [*known], {}
+        if self.finished:  # it takes a second, which a row now and then does not
+            rows += modelled_rows(self.recipe, self.section, self.records, known, self.back_at)
+            drawn = {"formulas": formulas(self.recipe, self.records, known, self.back_at), "survey": survey()}
         scale = scale_of(self.recipe, self.records)
         return {
             "recipe_digest": self.recipe.digest(),
@@ -102,9 +106,8 @@ class Comparison:
             "needs": self.section.model_dump(mode="json"),
             "rows": [row.to_dict() for row in rows],
             "advice": [each.to_dict() for each in advise(known, self.section)],
-            "formulas": formulas(self.recipe, self.records, known, self.back_at),
-            "survey": survey(),
             "notes": self.notes,
+            **drawn,
         }
 
 
@@ -133,6 +136,7 @@ def compare(
     for number, cell in enumerate(cells, start=1):
         row = _row(found, out, cell, watching)
         found.rows.append(row)
+        found.finished = number == len(cells)
         watching.tell(f"row {number} of {len(cells)}: {_line(row)}")
         _write(out, found)
     return found

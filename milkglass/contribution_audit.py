@@ -175,6 +175,7 @@ def audit_contributions(
     *,
     own_size: int | None = None,
     sizes: Sequence[int] = (),
+    moments: Sequence[str] = (START, END),
     budget: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -183,8 +184,8 @@ def audit_contributions(
     """Attack contributions of each size at both moments, and judge the worst against the budget.
 
     own_size: records of the run's own contributions, attacked as well up to a size. sizes: these alone, whatever the
-    strength says. notes: what else a reader has to know. Raises AuditError for a budget on what is not measured, and
-    where the attack breaks.
+    strength says. moments: at which weights. notes: what else a reader has to know. Raises AuditError for a budget on
+    what is not measured, and where the attack breaks.
     """
     if budget is not None:
         check_budget(budget, subject.measures)
@@ -192,7 +193,7 @@ def audit_contributions(
     attack = GradientInversion(effort.steps, effort.starts, rate=_RATE, seed=seed)
     source = public_source(seed).derive("audit of contributions")
     tried = set(sizes) or {*effort.sizes, min(own_size or 0, effort.most_own)} - {0}
-    work = [(moment, size) for moment in (START, END) for size in sorted(tried) if 2 * size <= len(subject.x)]
+    work = [(moment, size) for moment in moments for size in sorted(tried) if 2 * size <= len(subject.x)]
     watch = _Watch(progress, len(work) + 1)
     scores: list[ContributionScore] = []
     rebuilt: dict[str, Tensor] = {}

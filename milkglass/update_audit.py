@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from milkglass.attacks.membership import LossThreshold
 from milkglass.attacks.suite import Strength
 from milkglass.audit_work import Progress
-from milkglass.contribution_audit import ContributionAudit, audit_contributions
+from milkglass.contribution_audit import END, START, ContributionAudit, audit_contributions
 from milkglass.contributions import Share, Subject
 from milkglass.data import Candidates
 from milkglass.errors import AuditError
@@ -77,6 +77,8 @@ def audit_updates(
 ) -> UpdateAudit:
     """Attack updates of `own_size` records, or of as many as can be, at both ends of a training; and the final network.
 
+    Quick: at the start alone.
+
     Raises AuditError where an attack breaks, and for fewer than two test records.
     """
     size = min(own_size, MOST_RECORDS[strength], len(subject.x) // 2)
@@ -88,7 +90,10 @@ def audit_updates(
     if size < own_size:
         told.append(f"the run's own updates are of {own_size} records, those attacked of {size}: they show rather more")
     subject = replace(subject, own_x=candidates.outside_x, own_y=candidates.outside_y)
-    found = audit_contributions(subject, strength, sizes=[size], seed=seed, progress=progress)
+    moments = (START,) if strength == "quick" else (START, END)
+    if strength == "quick":
+        told.append("quick: updates from the first weights alone were attacked")
+    found = audit_contributions(subject, strength, sizes=[size], moments=moments, seed=seed, progress=progress)
     membership: tuple[InferenceScore, ...] = ()
     try:
         membership = audit_membership(_trial(subject.last, candidates), [LossThreshold()], seed)
