@@ -23,8 +23,8 @@ from tests.helpers import KEY, small_recipe
 from tests.wire_server import Holding, ServerThread, dial, question
 
 STOPPED = (
-    "milkglass: stopped; nothing finished is lost: run it again (train, serve, join, collab: with --resume), and it "
-    "goes on"
+    "milkglass: stopped; nothing finished is lost: run it again (train, serve, join, collab, federated-*: with "
+    "--resume), and it goes on"
 )
 PLAIN = {"serve": ["--listen", "localhost:0"], "join": ["--server", "localhost:1", "--name", "hospital-a"], "train": []}
 

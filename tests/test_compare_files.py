@@ -224,7 +224,7 @@ def test_a_line_is_bad_input_at_the_command_line(tmp_path: Path, capsys: pytest.
 def test_a_true_comparison_and_its_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row that needs no extra, with two clients and one epoch; the second time nothing is made again."""
     small = recipe(
-        training={"epochs": 2, "batch_size": 16},
+        training={"epochs": 1, "batch_size": 16},
         data={"name": "digits", "train_records": 160, "test_records": 80},
         compare={"protections": ["none", "channel", "homomorphic"], "attacks": "quick", "clients": [2], "records": 20},
         cut={"at": "hidden2"},
