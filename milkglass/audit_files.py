@@ -19,6 +19,8 @@ from milkglass.audit_work import Progress as AuditProgress
 from milkglass.defenses.certificate import JointTotal
 from milkglass.errors import AuditError, RunError
 from milkglass.kept import Kept
+from milkglass.leakage.classification import clopper_pearson
+from milkglass.leakage.estimate import Estimate
 from milkglass.recorded import NAMES, read_trial
 from milkglass.replay import Replay, find_reference, replay
 from milkglass.runs import RunFolder, tensors_as_bytes, write_beside
@@ -57,6 +59,22 @@ class Plan:
 
 
 Watched = AbstractContextManager[AuditProgress]
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Who watches: a training of so many epochs, by its name; an audit; and who is told, in a line, what a cell did."""
+
+    training: Callable[[int, str], AbstractContextManager[Progress]]
+    audit: Callable[[], Watched]
+    tell: Callable[[str], None]
+
+
+def accuracy_of(summary: Mapping[str, Any]) -> Estimate:
+    """The accuracy of a run's summary, with Clopper and Pearson's interval over its test records."""
+    count, value = int(summary["records"]["test"]), float(summary["accuracy"])
+    around = clopper_pearson(round(value * count), count)
+    return Estimate(value, around.low, around.high)
 
 
 def audit_run(

@@ -32,8 +32,8 @@ def compare(
     What is measured and what you need (labels that stay, a slow uplink, a limit on peek) stands in the recipe's
     `compare` table. DIR/compare.json holds every number, DIR/compare.html shows them.
     """
+    from milkglass.audit_files import Watching
     from milkglass.compare_files import compare as compare_recipe
-    from milkglass.compare_place import Watching
     from milkglass.memory import keep_freed_memory
     from milkglass.progress import AuditProgress, TrainingProgress
     from milkglass.recipe import load_recipe

@@ -41,7 +41,8 @@ def frontier(
     DIR/recipe.toml is the recipe to use. Exit code 3: nothing meets the budget, or the choice does not hold it on the
     other seeds. 4: their audits are inconclusive.
     """
-    from milkglass.frontier_files import Watching, sweep
+    from milkglass.audit_files import Watching
+    from milkglass.frontier_files import sweep
     from milkglass.memory import keep_freed_memory
     from milkglass.progress import AuditProgress, TrainingProgress
     from milkglass.recipe import load_recipe

@@ -15,10 +15,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from milkglass.audit_files import Plan, audit_run
+from milkglass.audit_files import Plan, accuracy_of, audit_run
 from milkglass.codec import encode
 from milkglass.compare import MEASURED, Cell, Row
-from milkglass.compare_place import Place, accuracy, batches_of_client, covers, guarantee, record_gradients, slots
+from milkglass.compare_place import Place, batches_of_client, covers, guarantee, record_gradients, slots
 from milkglass.compare_processes import finished, run_ranks, run_volunteers, volunteers
 from milkglass.compare_updates import federated_share, moved_share, update_row
 from milkglass.contributions import Share, gradients_of
@@ -58,7 +58,7 @@ def split_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
     return Row(
         cell,
         MEASURED,
-        accuracy=accuracy(summary),
+        accuracy=accuracy_of(summary),
         client_flops=float(summary["client_flops_per_sample"]) * batches * recipe.training.batch_size,
         client_memory=training_bytes(held, slots(recipe)) + record_gradients(recipe, learned),
         bytes_up=summary["bytes_sent"] / cell.clients,
@@ -90,7 +90,7 @@ def whole_row(cell: Cell, recipe: Recipe, place: Place) -> Row:
     return Row(
         cell,
         MEASURED,
-        accuracy=accuracy(summary),
+        accuracy=accuracy_of(summary),
         client_flops=0.0,
         client_memory=x.nbytes + y.nbytes,
         bytes_up=float(sent),

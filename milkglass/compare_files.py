@@ -21,6 +21,7 @@ from typing import Any, Final, final
 import torch
 
 from milkglass.attacks.suite import Strength
+from milkglass.audit_files import Watching
 from milkglass.compare import (
     MEASURED,
     PROTECTIONS,
@@ -39,7 +40,7 @@ from milkglass.compare_cells import MAKERS
 from milkglass.compare_inference import inference_row
 from milkglass.compare_model import formulas, modelled_rows, scale_of, survey
 from milkglass.compare_page import page
-from milkglass.compare_place import Place, Watching
+from milkglass.compare_place import Place
 from milkglass.compare_section import CompareSection
 from milkglass.cuts import legal_cuts
 from milkglass.data import Deal

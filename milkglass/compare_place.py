@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 from milkglass.attacks.suite import Strength
-from milkglass.audit_files import Watched
+from milkglass.audit_files import Watching
 from milkglass.compare import Cell
-from milkglass.leakage.classification import clopper_pearson
-from milkglass.leakage.estimate import Estimate
 from milkglass.recipe import Recipe
 from milkglass.training.client_memory import optimizer_slots
-from milkglass.training.split import Progress
 
 LARGEST_EPSILON: Final = 10.0
-
-
-@dataclass(frozen=True)
-class Watching:
-    """Who watches: a training of so many epochs, by its name; an audit; and who is told, in a line, what a cell did."""
-
-    training: Callable[[int, str], AbstractContextManager[Progress]]
-    audit: Callable[[], Watched]
-    tell: Callable[[str], None]
 
 
 @final
@@ -39,13 +26,6 @@ class Place:
     strength: Strength
     watching: Watching
     reference: Path | None = None
-
-
-def accuracy(summary: Mapping[str, Any]) -> Estimate:
-    """With Clopper and Pearson's interval over the test records."""
-    count, value = int(summary["records"]["test"]), float(summary["accuracy"])
-    around = clopper_pearson(round(value * count), count)
-    return Estimate(value, around.low, around.high)
 
 
 def batches_of_client(recipe: Recipe, summary: Mapping[str, Any]) -> float:
@@ -62,6 +42,7 @@ def record_gradients(recipe: Recipe, learned: int) -> int:
 
 
 def slots(recipe: Recipe) -> int:
+    """How many numbers the recipe's optimizer keeps for each weight."""
     return optimizer_slots(recipe.training.optimizer, recipe.training.momentum)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from milkglass.attacks.gradients import gradients_from_step
+from milkglass.audit_files import accuracy_of
 from milkglass.compare import MEASURED, Cell, Row
-from milkglass.compare_place import Place, accuracy, batches_of_client, record_gradients, slots
+from milkglass.compare_place import Place, batches_of_client, record_gradients, slots
 from milkglass.contributions import Share, Subject, gradients_of
 from milkglass.cuts import flops_per_sample
 from milkglass.data import Deal
@@ -84,7 +85,7 @@ def update_row(
     return Row(
         cell,
         MEASURED,
-        accuracy=accuracy(summary),
+        accuracy=accuracy_of(summary),
         client_flops=flops * batches * recipe.training.batch_size,
         client_memory=training_bytes([(first, batch)], slots(recipe)) + record_gradients(recipe, learned),
         seconds=float(summary["seconds"]),

@@ -12,14 +12,13 @@ A sweep that was stopped goes on: at the next cell, and inside a cell at the nex
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
 from milkglass.attacks.suite import Strength
-from milkglass.audit_files import Plan, Watched, audit_run
+from milkglass.audit_files import Plan, Watching, accuracy_of, audit_run
 from milkglass.errors import AuditError, DataError, MilkglassError, MissingExtraError, RunError
 from milkglass.frontier import (
     UNDEFENDED,
@@ -39,14 +38,13 @@ from milkglass.frontier import (
     verdict_of,
 )
 from milkglass.frontier_figure import page, picture
-from milkglass.leakage.classification import clopper_pearson
 from milkglass.leakage.estimate import Estimate
 from milkglass.recipe import Recipe, first_difference, parse_recipe
 from milkglass.replay import find_reference
 from milkglass.runs import RunFolder, write_beside
 from milkglass.sections import FrontierSection
 from milkglass.training.shares import deal_records
-from milkglass.training.split import Progress, digest_of, train
+from milkglass.training.split import digest_of, train
 from milkglass.training.summary import certificate_ahead
 from milkglass.verdict import BITS, MATCHING, MEMBERSHIP_MEASURES, RECONSTRUCTION_MEASURES, Verdict, check_budget
 
@@ -55,15 +53,6 @@ SEEDS_OF_FINALISTS: Final = (1, 2, 3)
 FATAL: Final = (RunError, DataError, MissingExtraError)
 """What ends a sweep; another error of milkglass ends a cell."""
 OWN: Final = ("cells", "finalists", "frontier.json", "frontier.svg", "frontier.html", "recipe.toml")
-
-
-@dataclass(frozen=True)
-class Watching:
-    """Who watches: a training of so many epochs, by its name; an audit; and who is told, in a line, what a cell did."""
-
-    training: Callable[[int, str], AbstractContextManager[Progress]]
-    audit: Callable[[], Watched]
-    tell: Callable[[str], None]
 
 
 @final
@@ -244,14 +233,14 @@ class _Sweep:
         share = float(summary["client_flops_share"])
         measures = _fresh(content)
         sound = content["verdict"] != "inconclusive"
-        return Row(setting, seed, str(summary["defense"]), _accuracy(summary), measures, sound, share, run)
+        return Row(setting, seed, str(summary["defense"]), accuracy_of(summary), measures, sound, share, run)
 
     def _finalist(self, setting: Setting, seed: int, run: str) -> Finalist:
         reference = f"finalists/{UNDEFENDED.name}-seed{seed}"
         undefended = self._trained(recipe_of(self._found.recipe, UNDEFENDED, seed), reference)
         summary = self._trained(recipe_of(self._found.recipe, setting, seed), run)
         content = self._audited(run, reference, fresh_only=False)
-        accuracy, measures = _accuracy(summary), _fresh(content)
+        accuracy, measures = accuracy_of(summary), _fresh(content)
         row = Row(setting, seed, "", accuracy, measures, content["verdict"] != "inconclusive", 0.0, run)
         exposures = {name: Estimate(**value) for name, value in content["exposures"].items()}
         lost_from = float(undefended["accuracy"])
@@ -345,13 +334,6 @@ def _earlier(out: Path, recipe: Recipe) -> list[Setting]:
             f"{out}: holds a sweep of another recipe: {first_difference(recipe, swept)}; choose another --out"
         )
     return settings
-
-
-def _accuracy(summary: Mapping[str, Any]) -> Estimate:
-    """With Clopper and Pearson's interval over the test records."""
-    count = int(summary["records"]["test"])
-    around = clopper_pearson(round(float(summary["accuracy"]) * count), count)
-    return Estimate(float(summary["accuracy"]), around.low, around.high)
 
 
 def _fresh(content: Mapping[str, Any]) -> dict[str, Estimate]:

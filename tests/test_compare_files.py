@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from milkglass import compare_cells, compare_files, compare_inference
+from milkglass.audit_files import Watching
 from milkglass.cli import main
 from milkglass.compare import MEASURED, PROTECTIONS, Cell, Row, recipe_of
 from milkglass.compare_files import Comparison, compare
-from milkglass.compare_place import Place, Watching
+from milkglass.compare_place import Place
 from milkglass.compare_processes import run_volunteers, volunteers
 from milkglass.errors import CutError, MilkglassError, RecipeError, RunError
 from milkglass.leakage.estimate import Estimate

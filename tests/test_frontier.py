@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milkglass import frontier_files
-from milkglass.audit_files import Plan
+from milkglass.audit_files import Plan, Watching
 from milkglass.cli import main
 from milkglass.errors import AuditError, MessageError, MilkglassError, RecipeError, RunError
 from milkglass.frontier import (
@@ -44,7 +44,7 @@ from milkglass.frontier import (
     settings_of,
 )
 from milkglass.frontier_figure import mark, page, picture
-from milkglass.frontier_files import Frontier, Watching, sweep
+from milkglass.frontier_files import Frontier, sweep
 from milkglass.leakage.estimate import Estimate
 from milkglass.recipe import Recipe, load_recipe, parse_recipe
 from milkglass.runs import RunFolder

@@ -21,10 +21,10 @@ from milkglass.randomness import Source
 from milkglass.recipe import Recipe
 from milkglass.replay import replay
 from milkglass.runs import RunFolder
-from milkglass.training.split import Setup, Silence, play_epoch, set_up, train
+from milkglass.training.split import Setup, play_epoch, set_up, train
 from milkglass.transcript import Crossing
 from milkglass.transports.wrappers import RecordingTransport
-from tests.helpers import KEY
+from tests.helpers import KEY, Stop
 from tests.training.whole import BATCH_NORM, DROPOUTS, U_SHAPED, parties, recipe_of, training
 
 DP: dict[str, Any] = {"epsilon": 8.0, "accountant": "rdp"}
@@ -129,24 +129,13 @@ def test_an_empty_batch_still_takes_a_noise_step() -> None:
     assert (optimizer.block, setup.client.steps) == (1, 1)
 
 
-class _Stop(Silence):
-    """Stops a training from outside, as a signal would."""
-
-    def __init__(self, epoch: int, step: int) -> None:
-        self._when = (epoch, step)
-
-    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
-        if (epoch, step) == self._when:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_says_what_it_spent_and_resumed_ends_in_the_same_bits(tmp_path: Path, way: str) -> None:
     recipe = _recipe(**WAYS[way])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     summary = train(recipe, whole, Source(KEY))
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, stopped, Source(KEY), resume=True, progress=_Stop(2, 2))
+        train(recipe, stopped, Source(KEY), resume=True, progress=Stop(2, 2))
     train(recipe, stopped, Source(KEY), resume=True)
     assert _tensors(stopped) == _tensors(whole)
     told = json.loads((whole / "summary.json").read_text())["privacy"]

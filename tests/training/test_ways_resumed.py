@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milkglass.client import StepResult
 from milkglass.randomness import Source
-from milkglass.training.split import Silence, set_up, train
-from tests.helpers import KEY
+from milkglass.training.split import set_up, train
+from tests.helpers import KEY, Stop
 from tests.training.whole import CLIENTS, DEFENDED, DROPOUTS, MLP, U_SHAPED, parties, recipe_of, training
 
 OWNERS = ["ann", "ben", "cas", "dan"]
@@ -31,17 +30,6 @@ STAGES = {
     "splitfed2": {"bottom", "top"},
     "vertical": {"bottom", "bottom-ben", "bottom-cas", "bottom-dan", "top"},
 }
-
-
-class _Stop(Silence):
-    """Stops a training from outside, as a signal would."""
-
-    def __init__(self, epoch: int, step: int) -> None:
-        self._when = (epoch, step)
-
-    def batch(self, epoch: int, step: int, steps: int, result: StepResult) -> None:
-        if (epoch, step) == self._when:
-            raise KeyboardInterrupt
 
 
 def _tensors(run: Path) -> dict[str, bytes]:
@@ -67,7 +55,7 @@ def test_resumed_runs_end_in_the_same_bits(tmp_path: Path, way: str, pieces: int
     summary = train(recipe, whole, Source(KEY))
     for epoch, step in ((1, 2), (3, 1), (4, 4)):
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, stopped, Source(KEY), resume=True, progress=_Stop(epoch, step))
+            train(recipe, stopped, Source(KEY), resume=True, progress=Stop(epoch, step))
         assert len(_metrics(stopped) if epoch > 1 else []) == epoch - 1
     resumed = train(recipe, stopped, Source(KEY), resume=True)
     assert _tensors(stopped) == _tensors(whole)
